@@ -1,0 +1,93 @@
+"""Case 1, the baseline: ``generate`` of Hugging Face transformers, eager, SDPA attention, its own dynamic KV cache."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+from typing import Any
+
+from jitgraph.bench.cases.common import Case, FirstToken, Paths, process_peak_bytes
+from jitgraph.bench.plan import Plan
+
+
+class _Clock:
+    """A transformers streamer: told of each token once it is on the host, it notes the time."""
+
+    def __init__(self) -> None:
+        self.times_ns: list[int] = []
+
+    def put(self, value: Any) -> None:
+        """A token (or, first, the prompt)."""
+        self.times_ns.append(time.perf_counter_ns())
+
+    def end(self) -> None:
+        """The sequence is over."""
+
+
+class BaselineCase:
+    """transformers on one device."""
+
+    def __init__(self) -> None:
+        self._model: Any = None
+        self._device = "cpu"
+
+    def load(self, plan: Plan) -> None:
+        """See ``Case``."""
+        from jitgraph.bench.hf_model import load_hf_model
+
+        self._device = plan.device
+        self._model = load_hf_model(plan)
+
+    def _generate(self, token_ids: list[int], tokens: int, streamer: _Clock | None) -> Any:
+        import torch
+
+        ids = torch.tensor([token_ids], device=self._device)
+        return self._model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=0,
+            streamer=streamer,
+        )
+
+    def first_token(self, token_ids: list[int]) -> FirstToken:
+        """See ``Case``. ``generate`` has no figure of its own."""
+        start = time.perf_counter_ns()
+        token_id = int(self._generate(token_ids, 1, None)[0, -1])
+        return FirstToken(token_id, (time.perf_counter_ns() - start) / 1e6, None)
+
+    def decode(self, token_ids: list[int], tokens: int) -> list[float]:
+        """See ``Case``."""
+        clock = _Clock()
+        self._generate(token_ids, tokens, clock)
+        times = clock.times_ns[1:]  # the first call hands over the prompt
+        assert len(times) == tokens, f"asked for {tokens} tokens, got {len(times)}"
+        return [(later - earlier) / 1e6 for earlier, later in pairwise(times)]
+
+    def paths(self) -> Paths:
+        """See ``Case``: it has none."""
+        return {}
+
+    def peak_memory_bytes(self) -> int:
+        """See ``Case``."""
+        import torch
+
+        cuda = self._device.startswith("cuda")
+        return int(torch.cuda.max_memory_allocated(self._device)) if cuda else process_peak_bytes()
+
+    def describe(self) -> dict[str, Any]:
+        """See ``Case``."""
+        import transformers
+
+        return {"engine": "transformers", "version": transformers.__version__, "attention": "sdpa", "emulated": False}
+
+    def close(self) -> None:
+        """See ``Case``."""
+        self._model = None
+
+
+def make() -> Case:
+    """The case, not loaded yet."""
+    return BaselineCase()

@@ -1,0 +1,146 @@
+"""What a case is, and the part that the three engine cases share. No torch at import.
+
+A case lives on the main thread of a process of its own. Its timed calls take token ids and return when the token id is
+on the host; everything else (counters, memory) is asked for between timed calls.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+from jitgraph.bench.plan import Plan
+from jitgraph.errors import JitgraphError
+
+Paths = Mapping[str, Mapping[str, int]]
+"""Phase (``prefill``, ``decode``) to counters (``exact``, ``padded``, ``eager``); empty where a case has none."""
+
+
+class CaseUnavailable(JitgraphError):
+    """A case that cannot run on this machine; ``status`` says in two words why."""
+
+    def __init__(self, status: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class FirstToken:
+    """One request for a single token."""
+
+    token_id: int
+    client_ms: float
+    """From handing over the token ids to the token id on the host."""
+    engine_ms: float | None
+    """The engine's own figure for the same, where it gives one."""
+
+
+class Case(Protocol):
+    """One way to serve a model."""
+
+    def load(self, plan: Plan) -> None:
+        """Makes everything ready to serve.
+
+        Raises:
+            CaseUnavailable: this machine cannot run the case.
+        """
+
+    def first_token(self, token_ids: list[int]) -> FirstToken:
+        """Serves a prompt for one token, greedily."""
+
+    def decode(self, token_ids: list[int], tokens: int) -> list[float]:
+        """Generates ``tokens`` tokens greedily, no early stop; the ``tokens - 1`` gaps between them in milliseconds."""
+
+    def paths(self) -> Paths:
+        """How steps ran since ``load``."""
+
+    def peak_memory_bytes(self) -> int:
+        """Most memory held so far: on CUDA that of the device, else that of the process."""
+
+    def describe(self) -> dict[str, Any]:
+        """Device, dtype, versions, settings; ``emulated`` where graphs are."""
+
+    def close(self) -> None:
+        """Lets go of everything."""
+
+
+def process_peak_bytes() -> int:
+    """Largest resident size of this process so far (``ru_maxrss`` is in KiB on Linux)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class EngineCase:
+    """This project's engine under the settings of one case."""
+
+    def __init__(self, ops: str, graphs: bool, fused_sampling: bool) -> None:
+        self._ops = ops
+        self._graphs = graphs
+        self._fused_sampling = fused_sampling
+        self._llm: Any = None
+
+    def load(self, plan: Plan) -> None:
+        """Builds the engine; graphs are captured for the buckets and for every benchmark length that is no bucket."""
+        from jitgraph.config import DEFAULT_PREFILL_BUCKETS
+        from jitgraph.llm import LLM
+
+        buckets = DEFAULT_PREFILL_BUCKETS
+        exact = tuple(n for n in plan.prompt_lengths if n not in buckets and n <= buckets[-1])
+        self._llm = LLM(
+            model=plan.model,
+            weights=plan.weights,
+            seed=plan.seed,
+            device=plan.device,
+            dtype=plan.dtype,
+            max_model_len=plan.max_model_len,
+            max_streams=1,
+            precapture_lengths=exact if self._graphs else (),
+            graphs=self._graphs,
+            ops=self._ops if plan.device.startswith("cuda") else "torch",
+            fused_sampling=self._fused_sampling,
+        )
+
+    def first_token(self, token_ids: list[int]) -> FirstToken:
+        """See ``Case``. In one process the client's figure and the engine's part at the hand-over of the token."""
+        from jitgraph.types import SamplingParams
+
+        params = SamplingParams(max_tokens=1, ignore_eos=True)
+        start = time.perf_counter_ns()
+        stream = self._llm.stream(token_ids, params)
+        chunk = next(stream)
+        end = time.perf_counter_ns()
+        for _ in stream:
+            raise AssertionError("a request for one token gave more")
+        return FirstToken(chunk.token_id, (end - start) / 1e6, (chunk.time_ns - start) / 1e6)
+
+    def decode(self, token_ids: list[int], tokens: int) -> list[float]:
+        """See ``Case``."""
+        from jitgraph.types import SamplingParams
+
+        params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+        times = [time.perf_counter_ns() for _ in self._llm.stream(token_ids, params)]
+        assert len(times) == tokens, f"asked for {tokens} tokens, got {len(times)}"
+        return [(later - earlier) / 1e6 for earlier, later in pairwise(times)]
+
+    def paths(self) -> Paths:
+        """See ``Case``."""
+        stats, none = self._llm.stats(), {"exact": 0, "padded": 0, "eager": 0}
+        return {phase: {**none, **stats[f"{phase}_paths"]} for phase in ("prefill", "decode")}
+
+    def peak_memory_bytes(self) -> int:
+        """See ``Case``."""
+        return int(self._llm.stats()["peak_memory_bytes"])
+
+    def describe(self) -> dict[str, Any]:
+        """See ``Case``."""
+        stats = self._llm.stats()
+        noted = ("captures", "compiles_after_ready", "graphs_left_out", "ready_ms")
+        return {"engine": "jitgraph", **self._llm.describe(), **{name: stats[name] for name in noted}}
+
+    def close(self) -> None:
+        """See ``Case``."""
+        if self._llm is not None:
+            self._llm.close()

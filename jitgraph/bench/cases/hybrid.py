@@ -1,0 +1,11 @@
+"""Case 4, JIT + CUDA graph: JIT kernels read what changes from device memory, so one graph holds the whole step,
+sampling included."""
+
+from __future__ import annotations
+
+from jitgraph.bench.cases.common import Case, EngineCase
+
+
+def make() -> Case:
+    """The case, not loaded yet."""
+    return EngineCase(ops="jit", graphs=True, fused_sampling=True)

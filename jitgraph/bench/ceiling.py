@@ -1,0 +1,158 @@
+"""What the machine itself can do, measured before any case: read and copy bandwidth, the rate of matrix products, and
+the model's matrix products alone as one graph (``linears``).
+
+Runs in a process of its own, on its main thread. Each rate is the best of several kernels, each kernel's figure the
+median of its repeats, under the pacing of the requests: a device that has rested clocks higher than a busy one.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from jitgraph.bench.floors import ceiling_flags
+from jitgraph.bench.plan import INTERACTIVE, LINEARS, PAUSE_S, Plan
+from jitgraph.bench.records import BlockKey, RawWriter
+from jitgraph.graphs.capture import capture_callable
+from jitgraph.model.device import torch_dtype
+from jitgraph.model.spec import ModelSpec
+
+Work = Callable[[], Any]
+LINEARS_ITERATIONS = 20
+
+
+def measure_rates(plan: Plan, device_name: str, progress: Callable[[], None]) -> dict[str, Any]:
+    """The ``ceiling`` object of the study: best rates over all pacings, and those of each pacing."""
+    device = torch.device(plan.device)
+    by_pacing = {}
+    for pacing in plan.pacings:
+        by_pacing[pacing] = _rates(device, torch_dtype(plan.dtype), pacing)
+        progress()
+    names = ("read_tb_s", "copy_tb_s", "gemm_tflops")
+    best = {name: max(rates[name] for rates in by_pacing.values()) for name in names}
+    return {**best, "by_pacing": by_pacing, "flags": ceiling_flags(device_name, best["read_tb_s"])}
+
+
+def _rates(device: torch.device, dtype: torch.dtype, pacing: str) -> dict[str, float]:
+    gemm = max(2 * m * n * k / _gemm_ms(m, n, k, device, dtype, pacing) for m, n, k in _gemm_shapes(device))
+    return {**_stream_rates(device, dtype, pacing), "gemm_tflops": gemm / 1e9}
+
+
+def _stream_rates(device: torch.device, dtype: torch.dtype, pacing: str) -> dict[str, float]:
+    data = torch.ones(_buffer_bytes(device) // dtype.itemsize, dtype=dtype, device=device)
+    other = torch.empty_like(data)
+    total = data.numel() * dtype.itemsize
+    read_ms = min(_median_ms(work, device, pacing) for work in _read_works(data))
+    copy_ms = _median_ms(lambda: other.copy_(data), device, pacing)
+    return {"read_tb_s": total / read_ms / 1e9, "copy_tb_s": 2 * total / copy_ms / 1e9}
+
+
+def _buffer_bytes(device: torch.device) -> int:
+    """Far larger than any cache, and a multiple of what the read kernels take."""
+    if device.type != "cuda":
+        return 256 * 2**20
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(2**28, min(2**32, free // 8 // 2**28 * 2**28))
+
+
+def _read_works(data: torch.Tensor) -> list[Work]:
+    if data.device.type != "cuda":
+        return [data.sum, data.max]
+    from jitgraph.bench.ceiling_kernels import READ_SHAPES, read_all
+
+    sums = torch.empty(data.numel() // min(b * n for b, n in READ_SHAPES), dtype=torch.float32, device=data.device)
+    return [partial(read_all, data, sums, block, loads) for block, loads in READ_SHAPES]
+
+
+def _gemm_shapes(device: torch.device) -> tuple[tuple[int, int, int], ...]:
+    return ((8192, 8192, 8192), (4096, 8192, 8192)) if device.type == "cuda" else ((512, 512, 512), (1024, 1024, 1024))
+
+
+def _gemm_ms(m: int, n: int, k: int, device: torch.device, dtype: torch.dtype, pacing: str) -> float:
+    a = torch.randn(m, k, device=device).to(dtype)
+    b = torch.randn(n, k, device=device).to(dtype)
+    out = torch.empty(m, n, device=device, dtype=dtype)
+    return _median_ms(lambda: torch.mm(a, b.t(), out=out), device, pacing)
+
+
+def _median_ms(work: Work, device: torch.device, pacing: str) -> float:
+    """Median time of one call after two that do not count; the device's own clock on CUDA."""
+    for _ in range(2):
+        work()
+    repeats = 20 if device.type == "cuda" else 5
+    if device.type != "cuda":
+        return statistics.median(_cpu_ms(work, pacing) for _ in range(repeats))
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    times: list[float] = []
+    for _ in range(repeats if pacing == INTERACTIVE else 5 * repeats):
+        if pacing == INTERACTIVE:
+            torch.cuda.synchronize(device)
+            time.sleep(PAUSE_S)
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    # Back to back, the first fifth still rides on a rested device.
+    return statistics.median(times if pacing == INTERACTIVE else times[repeats:])
+
+
+def _cpu_ms(work: Work, pacing: str) -> float:
+    if pacing == INTERACTIVE:
+        time.sleep(PAUSE_S)
+    start = time.perf_counter()
+    work()
+    return (time.perf_counter() - start) * 1e3
+
+
+def measure_linears(plan: Plan, spec: ModelSpec, writer: RawWriter, progress: Callable[[], None]) -> None:
+    """Times the model's matrix products at one token and at each prompt length, as ``linears`` rows."""
+    device = torch.device(plan.device)
+    weights = _linear_weights(spec, device, torch_dtype(plan.dtype))
+    for tokens in sorted({1, *plan.prompt_lengths}):
+        work = _linears(weights, spec, tokens)
+        work()
+        graph = capture_callable(work, device)
+        graph.replay()
+        for pacing in plan.pacings:
+            key = BlockKey(LINEARS, "ttft", "ttft_ms", pacing, tokens)
+            for iteration in range(LINEARS_ITERATIONS):
+                if pacing == INTERACTIVE:
+                    time.sleep(PAUSE_S)
+                start = time.perf_counter()
+                graph.replay()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                writer.sample(key, iteration, (time.perf_counter() - start) * 1e3, time.time())
+            writer.flush()
+        progress()
+
+
+def _linear_weights(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Matrices ``[out, in]`` in the order of a step, each layer its own: no cache is warmer than in a model."""
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    layer = ((spec.qkv_size, hidden), (hidden, spec.q_size), (2 * inner, hidden), (hidden, inner))
+    shapes = [shape for _ in range(spec.num_layers) for shape in layer] + [(spec.vocab_size, hidden)]
+    return [torch.empty(shape, dtype=dtype, device=device).normal_(0, 0.02) for shape in shapes]
+
+
+def _linears(weights: list[torch.Tensor], spec: ModelSpec, tokens: int) -> Callable[[], None]:
+    """The products of a prompt of ``tokens`` (LM head: one token); outputs exist before, a capture takes none."""
+    like = weights[0]
+    inputs = {k: torch.ones(tokens, k, dtype=like.dtype, device=like.device) for k in {w.shape[1] for w in weights}}
+    outputs = {
+        n: torch.empty(tokens, n, dtype=like.dtype, device=like.device) for n in {w.shape[0] for w in weights[:-1]}
+    }
+    logits = torch.empty(1, spec.vocab_size, dtype=like.dtype, device=like.device)
+
+    def work() -> None:
+        for weight in weights[:-1]:
+            torch.mm(inputs[weight.shape[1]], weight.t(), out=outputs[weight.shape[0]])
+        torch.mm(inputs[spec.hidden_size][:1], weights[-1].t(), out=logits)
+
+    return work

@@ -1,0 +1,89 @@
+"""The commands ``jitgraph bench`` and ``jitgraph report``, mounted by ``jitgraph/cli.py``. No torch in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from jitgraph.bench.plan import DEFAULT_LENGTHS, TTFT_ITERATIONS, Options, parse_cases, parse_lengths, parse_pythons
+from jitgraph.bench.run import recompute, run_benchmark
+
+_LENGTHS = ",".join(map(str, DEFAULT_LENGTHS))
+
+
+def bench(
+    cases: Annotated[
+        list[str] | None,
+        typer.Argument(help="baseline, cuda-graph, jit, hybrid, tensorrt-llm; all where none is named."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint folder, hub id or preset. Default: llama-2-7b on CUDA, tiny on the CPU."),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="checkpoint or random. Default: random where no model is named.")
+    ] = None,
+    prompt_lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = _LENGTHS,
+    ttft_iterations: Annotated[
+        int, typer.Option(help="Requests per cell of the TTFT table; 0 leaves it out.")
+    ] = TTFT_ITERATIONS,
+    p99_iterations: Annotated[
+        int | None, typer.Option(help="Requests per cell of the P99 table; 0 leaves it out. Default: 100, quick 20.")
+    ] = None,
+    pacing: Annotated[
+        str | None,
+        typer.Option(
+            help="interactive (50 ms pause before a request), sustained (back to back) or both. "
+            "Default: both, quick interactive."
+        ),
+    ] = None,
+    output: Annotated[
+        str, typer.Option(help="Folder for tables and raw samples; cases of one study may be run one by one into it.")
+    ] = "output",
+    quick: Annotated[
+        bool | None, typer.Option("--quick/--no-quick", help="Fewer samples. Default: on the CPU.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="float16, bfloat16, float32; auto is float16 on CUDA, float32 on the CPU.")
+    ] = "auto",
+    python: Annotated[
+        list[str] | None,
+        typer.Option(help="case=PATH: that case's own interpreter, such as tensorrt-llm=PATH. Repeatable."),
+    ] = None,
+    gate: Annotated[
+        bool, typer.Option("--gate/--no-gate", help="Without it nobody checks the tokens, and every row says so.")
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Of random weights.")] = 0,
+    max_minutes: Annotated[
+        float | None,
+        typer.Option(help="Begin no further row after this time; the rest can be run later into the same folder."),
+    ] = None,
+) -> None:
+    """Runs the five-case latency benchmark, each case in a fresh process, and writes its tables."""
+    options = Options(
+        cases=parse_cases(cases or []),
+        model=model,
+        weights=weights,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        prompt_lengths=parse_lengths(prompt_lengths),
+        ttft_iterations=ttft_iterations,
+        p99_iterations=p99_iterations,
+        pacing=pacing,
+        quick=quick,
+        gated=gate,
+        output=output,
+        pythons=parse_pythons(python or []),
+        max_minutes=max_minutes,
+    )
+    raise typer.Exit(run_benchmark(options, Console()))
+
+
+def report(folder: Annotated[str, typer.Argument(help="Output folder of jitgraph bench.")] = "output") -> None:
+    """Computes the tables of a run again from its raw samples, and shows them."""
+    recompute(Path(folder), Console())

@@ -1,0 +1,263 @@
+"""One benchmark run from options to tables: prepare, gate, ceiling, then each case, every one in a fresh process.
+
+This process measures nothing and imports no torch: it starts workers, keeps the folder's record, and writes the tables.
+Whatever ends the run, the tables of what was measured are written.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from jitgraph.bench import jobs
+from jitgraph.bench.environment import differences
+from jitgraph.bench.jobs import Job
+from jitgraph.bench.plan import CASES, LINEARS, TITLES, Options, Plan
+from jitgraph.bench.process import Outcome, run_process
+from jitgraph.bench.prompts import digests
+from jitgraph.bench.records import prepare_folder, raw_path, read_blocks, read_json, write_json
+from jitgraph.bench.show import Board, show_study
+from jitgraph.bench.study import load_study
+from jitgraph.bench.tables import write_tables
+from jitgraph.errors import ConfigError, JitgraphError, OutputError
+
+Launch = Callable[[Job, "str | None", Path, Callable[[int, int], None]], Outcome]
+EXIT_OK, EXIT_BROKEN, EXIT_INTERRUPTED = 0, 1, 130
+
+
+def run_benchmark(options: Options, console: Console, launch: Launch = run_process) -> int:
+    """Runs the cases and returns the exit code: 0, 1 where a case failed or its gate did, 130 where it was interrupted.
+
+    Raises:
+        OutputError: the output folder cannot be written, or holds another study; nothing has run then.
+        JitgraphError: model, device or options that cannot work; no case has run then.
+    """
+    folder = Path(options.output)
+    prepare_folder(folder)
+    for case, python in options.pythons.items():
+        if shutil.which(python) is None:
+            raise ConfigError(f"--python {case}={python}: there is no such program; name the environment's python")
+    with _terminate_as_interrupt(), Board(console, jobs=len(options.cases) + 3) as board:
+        run = Run(options, folder, board, launch)
+        try:
+            run.prepare()
+        except KeyboardInterrupt:
+            return EXIT_INTERRUPTED
+        code = run.everything()
+    study = load_study(folder)
+    files = write_tables(study, folder)
+    show_study(console, study)
+    console.print(f"Written to {folder}: {', '.join(file.name for file in files)}", highlight=False, markup=False)
+    return code
+
+
+def recompute(folder: Path, console: Console) -> None:
+    """Computes the tables of a folder again from its raw samples, and shows them.
+
+    Raises:
+        OutputError: the folder holds no run, or cannot be written.
+    """
+    study = load_study(folder)
+    write_tables(study, folder)
+    show_study(console, study)
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """A request to terminate ends the run as Ctrl-C does: with its tables."""
+
+    def raise_interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, raise_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@dataclass
+class Run:
+    """The state of one run."""
+
+    options: Options
+    folder: Path
+    board: Board
+    launch: Launch
+    plan: Plan = field(init=False)
+    environment: dict[str, Any] = field(init=False)
+    prompts: dict[int, list[int]] = field(init=False)
+    deadline_s: float | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        minutes = self.options.max_minutes
+        self.deadline_s = None if minutes is None else time.time() + 60 * minutes
+
+    # ------------------------------------------------------------------------------------------------------- prepare
+
+    def prepare(self) -> None:
+        """Settles device, plan, model and prompts, and makes sure that the folder is of the same study.
+
+        Raises:
+            JitgraphError: something that the user must mend.
+        """
+        self.board.begin("device, model, prompts")
+        job = Job("prepare", str(self.folder), options=asdict(self.options))
+        outcome = self.launch(job, None, self._log("prepare"), self.board.advance)
+        if outcome.status == jobs.INTERRUPTED:
+            raise KeyboardInterrupt
+        if outcome.status != jobs.COMPLETE:
+            raise JitgraphError(outcome.reason)
+        found = outcome.value
+        self.plan = Plan.from_json(found["plan"])
+        self.environment = found["environment"]
+        self.prompts = {int(length): ids for length, ids in found["prompts"].items()}
+        self._settle_folder({"model": found["model"], "prompts": digests(self.prompts)})
+        self.board.end(self._headline())
+
+    def _settle_folder(self, study: dict[str, Any]) -> None:
+        """A run of all cases starts the folder anew; a run of some joins what is there, if it is the same study."""
+        known = read_json(raw_path(self.folder, "study.json"))
+        if self.options.cases == CASES:
+            for name in (*CASES, LINEARS, "gate", "ceiling", "study"):
+                self._forget(name)
+        elif known is not None:
+            other = read_json(self.folder / "environment.json") or {}
+            why = differences(other, self.environment) + _study_differences(known, study)
+            if why:
+                advice = "choose another --output or remove the folder"
+                raise OutputError(f"{self.folder} holds another study ({'; '.join(why)}): {advice}")
+            study["prompts"] = known["prompts"] | study["prompts"]
+        write_json(self.folder / "environment.json", self.environment)
+        write_json(raw_path(self.folder, "study.json"), study)
+
+    def _forget(self, name: str) -> None:
+        for suffix in (".json", ".jsonl"):
+            raw_path(self.folder, name + suffix).unlink(missing_ok=True)
+
+    def _headline(self) -> str:
+        plan = self.plan
+        quick = f", quick: {plan.p99_iterations} iterations for P99" if plan.quick else ""
+        return (
+            f"{plan.model} ({plan.weights} weights, {plan.dtype}) on {self.environment['device_name']}, "
+            f"pacing {' and '.join(plan.pacings)}{quick}"
+        )
+
+    # ---------------------------------------------------------------------------------------------------------- jobs
+
+    def everything(self) -> int:
+        """Gate, ceiling, cases. Returns the exit code."""
+        codes = [EXIT_OK]
+        try:
+            reference, refusal = self._gate()
+            self._ceiling()
+            for case in self.options.cases:
+                codes.append(self._case(case, reference, refusal))
+        except KeyboardInterrupt:
+            self.board.end("Interrupted: what was measured is kept, and marked.")
+            return EXIT_INTERRUPTED
+        return max(codes)
+
+    def _run(self, job: Job, python: str | None = None) -> Outcome:
+        job = replace(job, plan=self.plan, prompts=self.prompts, device_name=self.environment["device_name"])
+        return self.launch(job, python, self._log(job.case or job.kind), self.board.advance)
+
+    def _gate(self) -> tuple[Mapping[str, Any] | None, str]:
+        """Reference first tokens (or None), and why no case may be timed (or nothing)."""
+        self.board.begin("correctness reference")
+        if not self.plan.gated:
+            self.board.end("Correctness gate: off (--no-gate); every row says ungated.")
+            return None, ""
+        path = raw_path(self.folder, "gate.json")
+        known = read_json(path)
+        if known is not None and all(str(length) in known for length in self.prompts):
+            self.board.end("Correctness reference: that of the folder.")
+            return known, ""
+        outcome = self._run(Job("gate", str(self.folder)))
+        if outcome.status == jobs.INTERRUPTED:
+            raise KeyboardInterrupt
+        if outcome.status != jobs.COMPLETE:
+            refusal = f"the correctness gate cannot run ({outcome.reason}); --no-gate measures without it"
+            self.board.end(f"No times: {refusal}")
+            return None, refusal
+        write_json(path, (known or {}) | outcome.value)
+        certain = sum(one["gap"] > one["error"] for one in outcome.value.values())
+        of = f"{certain} of {len(outcome.value)}"
+        self.board.end(f"Correctness reference: transformers, certain of its first token at {of} lengths.")
+        return outcome.value, ""
+
+    def _ceiling(self) -> None:
+        self.board.begin("ceiling")
+        if self._ceiling_known():
+            self.board.end("Ceiling: that of the folder.")
+            return
+        self._forget("ceiling")
+        self._forget(LINEARS)
+        outcome = self._run(Job("ceiling", str(self.folder)))
+        emulated = not self.plan.device.startswith("cuda")
+        facts = {"status": outcome.status, "reason": outcome.reason, "emulated": emulated}
+        write_json(raw_path(self.folder, f"{LINEARS}.json"), facts)
+        if outcome.status == jobs.INTERRUPTED:
+            raise KeyboardInterrupt
+        if outcome.status != jobs.COMPLETE:
+            self.board.end(f"Ceiling: {outcome.status}: {outcome.reason}")
+            return
+        write_json(raw_path(self.folder, "ceiling.json"), outcome.value)
+        flags = "".join(f" {flag}." for flag in outcome.value["flags"])
+        rates = outcome.value
+        self.board.end(f"Ceiling: read {rates['read_tb_s']:.3f} TB/s, {rates['gemm_tflops']:.3g} TFLOP/s.{flags}")
+
+    def _ceiling_known(self) -> bool:
+        """Whether the folder has the ceilings and the ``linears`` rows that this run's rows need."""
+        rates = read_json(raw_path(self.folder, "ceiling.json"))
+        samples = raw_path(self.folder, f"{LINEARS}.jsonl")
+        if rates is None or not samples.exists():
+            return False
+        have = {(key.pacing, key.prompt_tokens) for key in read_blocks(samples)}
+        return all((p, n) in have for p in self.plan.pacings for n in (1, *self.plan.prompt_lengths))
+
+    def _case(self, case: str, reference: Mapping[str, Any] | None, refusal: str) -> int:
+        """Runs a case and records how it went. Returns its part of the exit code.
+
+        Raises:
+            KeyboardInterrupt: the run is to end; the case is recorded.
+        """
+        self.board.begin(TITLES[case])
+        self._forget(case)
+        path = raw_path(self.folder, f"{case}.json")
+        if refusal:
+            outcome = Outcome(jobs.NO_GATE, refusal)
+        elif self.deadline_s is not None and time.time() > self.deadline_s:
+            outcome = Outcome(jobs.TIME_LIMIT, "not run: the time limit was reached before it")
+        else:
+            write_json(path, {"status": jobs.RUNNING})
+            job = Job("case", str(self.folder), case=case, reference=reference, deadline_s=self.deadline_s)
+            outcome = self._run(job, self.options.pythons.get(case))
+        last = outcome.value if isinstance(outcome.value, dict) else {}
+        write_json(path, {**outcome.facts, **last, "status": outcome.status, "reason": outcome.reason})
+        if outcome.status == jobs.INTERRUPTED:
+            raise KeyboardInterrupt
+        self.board.end(f"{TITLES[case]}: {outcome.reason or outcome.status}")
+        return EXIT_BROKEN if outcome.status in jobs.BROKEN else EXIT_OK
+
+    def _log(self, name: str) -> Path:
+        return raw_path(self.folder, f"{name}.log")
+
+
+def _study_differences(known: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Why two studies' rows do not belong in one table; empty where they do."""
+    a, b = known["model"], new["model"]
+    why = [f"{name}: {a.get(name)} and {b.get(name)}" for name in sorted({*a, *b}) if a.get(name) != b.get(name)]
+    common = set(known["prompts"]) & set(new["prompts"])
+    if any(known["prompts"][length] != new["prompts"][length] for length in common):
+        why.append("other prompts")
+    return why

@@ -1,0 +1,94 @@
+"""What a run shows in the terminal: progress with what is left, the ceilings, the final tables."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from jitgraph.bench.plan import PROTOCOLS, TITLES
+from jitgraph.bench.study import Study
+from jitgraph.bench.tables import AVERAGE, NO_VALUE, caption, final_tables, header, remarks
+
+
+class Board:
+    """A progress bar for the job at hand and one for the whole run."""
+
+    def __init__(self, console: Console, jobs: int) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=console)
+        self._whole: TaskID = self._progress.add_task("whole run", total=jobs)
+        self._job: TaskID | None = None
+
+    def __enter__(self) -> Board:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def begin(self, title: str) -> None:
+        """A job starts."""
+        self._job = self._progress.add_task(title, total=None)
+
+    def advance(self, done: int, total: int) -> None:
+        """The job at hand is so far."""
+        if self._job is not None:
+            self._progress.update(self._job, completed=done, total=total)
+
+    def end(self, message: str) -> None:
+        """The job is over; ``message`` stays on the screen."""
+        if self._job is not None:
+            self._progress.remove_task(self._job)
+        self._progress.advance(self._whole)
+        self._progress.console.print(escape(message), highlight=False)
+
+
+def show_study(console: Console, study: Study) -> None:
+    """Ceilings, both final tables, remarks."""
+    ceiling = study.ceiling
+    if ceiling:
+        console.print(
+            f"Ceilings of {escape(study.device)}: read {ceiling['read_tb_s']:.3f} TB/s, "
+            f"copy {ceiling['copy_tb_s']:.3f} TB/s, matrix products {ceiling['gemm_tflops']:.3g} TFLOP/s "
+            f"({study.model['dtype']})",
+            highlight=False,
+        )
+    for protocol in PROTOCOLS:
+        for final in final_tables(study, protocol):
+            if len(final.lines) > 1:
+                console.print(_table(study, final.lines, caption(study, protocol, final.pacing)))
+    for remark in remarks(study):
+        console.print(escape(remark), highlight=False)
+
+
+def _table(study: Study, lines: tuple[tuple[str, ...], ...], title: str) -> Table:
+    table = Table(title=escape(title), title_justify="left")
+    for index, name in enumerate(header(study)):
+        table.add_column(
+            name.replace(" (", "\n("), overflow="fold", justify="left" if index == len(TITLES) + 1 else "right"
+        )
+    for line in lines:
+        if line[0] == AVERAGE:
+            table.add_section()
+        table.add_row(*(cell or NO_VALUE for cell in line[:-1]), f"[bold]{line[-1]}[/bold]" if line[-1] else "")
+    return table

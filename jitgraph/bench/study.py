@@ -1,0 +1,143 @@
+"""A folder's raw record read back as rows: everything that is shown or written later is computed from this alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jitgraph.bench import jobs
+from jitgraph.bench.floors import Floors
+from jitgraph.bench.plan import CASES, DECODE_TOKENS, LINEARS, PACINGS, PROTOCOLS, WARMUP
+from jitgraph.bench.records import Block, BlockKey, raw_path, read_blocks, read_json
+from jitgraph.bench.stats import Summary, summarise
+from jitgraph.errors import OutputError
+
+METRICS = ("ttft_ms", "engine_ttft_ms", "itl_ms", "ready_s")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: the conditions, the statistics (in the metric's unit), the ceiling, and reservations."""
+
+    key: BlockKey
+    summary: Summary
+    ceiling_ms: float | None
+    ratio: float | None
+    """Mean over ceiling."""
+    peak_memory_gib: float | None
+    paths: Mapping[str, int]
+    device: str
+    emulated: bool
+    notes: tuple[str, ...]
+    """``emulated``, ``ungated``, and how its case was cut short, where that holds."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A run's folder."""
+
+    environment: Mapping[str, Any]
+    model: Mapping[str, Any]
+    ceiling: Mapping[str, Any]
+    """Empty where none was measured."""
+    cases: Mapping[str, Mapping[str, Any]]
+    """How each case that was asked for went: ``status``, ``reason`` and what it told about itself."""
+    rows: tuple[Row, ...]
+
+    @property
+    def device(self) -> str:
+        """The device's name."""
+        return str(self.environment.get("device_name", "unknown device"))
+
+    def select(self, protocol: str, metric: str, pacing: str) -> dict[tuple[str, int], Row]:
+        """(case, prompt tokens) to row."""
+        wanted = (protocol, metric, pacing)
+        return {
+            (row.key.case, row.key.prompt_tokens): row
+            for row in self.rows
+            if (row.key.protocol, row.key.metric, row.key.pacing) == wanted
+        }
+
+    def emulated(self, case: str) -> bool:
+        """Whether a case's graphs are emulated."""
+        return bool(self.cases.get(case, {}).get("emulated", False))
+
+
+def load_study(folder: Path) -> Study:
+    """Reads a run's folder.
+
+    Raises:
+        OutputError: it holds no run, or a damaged one.
+    """
+    environment = read_json(folder / "environment.json")
+    study = read_json(raw_path(folder, "study.json"))
+    if environment is None or study is None:
+        raise OutputError(f"{folder} holds no benchmark run: jitgraph bench --output {folder} makes one")
+    model, ceiling = study["model"], read_json(raw_path(folder, "ceiling.json")) or {}
+    cases, rows = {}, []
+    for name in (*CASES, LINEARS):
+        facts = read_json(raw_path(folder, f"{name}.json"))
+        samples = raw_path(folder, f"{name}.jsonl")
+        if facts is None and not samples.exists():
+            continue
+        cases[name] = facts or {"status": jobs.RUNNING}
+        if samples.exists():
+            rows += [
+                _row(key, block, cases[name], str(environment["device_name"]), Floors.from_model(model), ceiling)
+                for key, block in read_blocks(samples).items()
+                if block.values_ms
+            ]
+    return Study(environment, model, ceiling, cases, tuple(sorted(rows, key=_order)))
+
+
+def _order(row: Row) -> tuple[int, int, int, int, int]:
+    key = row.key
+    return (
+        (*CASES, LINEARS).index(key.case),
+        (*PROTOCOLS, WARMUP).index(key.protocol),
+        METRICS.index(key.metric),
+        PACINGS.index(key.pacing),
+        key.prompt_tokens,
+    )
+
+
+def _row(
+    key: BlockKey, block: Block, facts: Mapping[str, Any], device: str, floors: Floors, ceiling: Mapping[str, Any]
+) -> Row:
+    scale = 1e-3 if key.metric == "ready_s" else 1.0
+    summary = summarise([value * scale for value in block.values_ms])
+    floor = _floor_ms(key, floors, ceiling)
+    return Row(
+        key=key,
+        summary=summary,
+        ceiling_ms=floor,
+        ratio=None if floor is None else summary.mean / floor,
+        peak_memory_gib=block.peak_memory_gib,
+        paths=block.paths,
+        device=device,
+        emulated=bool(facts.get("emulated", False)),
+        notes=tuple(_notes(facts)),
+    )
+
+
+def _notes(facts: Mapping[str, Any]) -> Iterable[str]:
+    if facts.get("emulated"):
+        yield "emulated"
+    if facts.get("ungated"):
+        yield "ungated"
+    if facts.get("status") in jobs.CUT_SHORT:
+        yield jobs.INTERRUPTED if facts["status"] == jobs.RUNNING else str(facts["status"])
+    elif facts.get("status") == jobs.FAILED:
+        yield "failed later"
+
+
+def _floor_ms(key: BlockKey, floors: Floors, ceiling: Mapping[str, Any]) -> float | None:
+    """The floor under the row's own pacing; none for a ready time, or where no ceiling was measured."""
+    rates = ceiling.get("by_pacing", {}).get(key.pacing) or (ceiling if ceiling else None)
+    if rates is None or key.metric == "ready_s":
+        return None
+    if key.metric == "itl_ms":
+        return floors.decode_ms(key.prompt_tokens + DECODE_TOKENS // 2, rates["read_tb_s"])
+    return floors.prompt_ms(key.prompt_tokens, rates["read_tb_s"], rates["gemm_tflops"])

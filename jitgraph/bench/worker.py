@@ -1,0 +1,140 @@
+"""Entry of every process of a benchmark run: one job on stdin, its events to the file descriptor of the only argument.
+
+The main thread does everything. Whatever libraries print goes to this process's log; events have a pipe of their own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jitgraph.bench import jobs
+from jitgraph.bench.cases.common import CaseUnavailable
+from jitgraph.bench.gate import compute_references, references_from_json, references_to_json
+from jitgraph.bench.jobs import Events, Job
+from jitgraph.bench.plan import LINEARS, Options
+from jitgraph.bench.protocol import GateFailed, Meter, TimeUp
+from jitgraph.bench.records import RawWriter
+from jitgraph.errors import JitgraphError
+
+
+def prepare(job: Job, events: Events) -> dict[str, Any]:
+    """Device, plan, model and prompts of a run, from what the user asked for."""
+    from jitgraph.bench.environment import collect_environment
+    from jitgraph.bench.model_facts import model_facts
+    from jitgraph.bench.prompts import make_prompts
+    from jitgraph.model.device import resolve_device
+    from jitgraph.model.loader import find_model
+    from jitgraph.text.prose import prose
+    from jitgraph.text.tokenizer import Tokenizer, bundled_tokenizer_folder
+
+    options = Options(**{**job.options, "prompt_lengths": tuple(job.options["prompt_lengths"])})
+    device = str(resolve_device(options.device))
+    plan = options.plan(device)
+    source = find_model(plan.model, weights=plan.weights)
+    if source.folder is None:
+        plan = replace(plan, weights="random")  # a preset's are, whether or not that was said
+    plan = plan.within(source.spec.max_position_embeddings)
+    tokenizer = Tokenizer.from_folder(source.folder or bundled_tokenizer_folder())
+    return {
+        "environment": collect_environment(device),
+        "plan": plan.to_json(),
+        "model": model_facts(plan, source.spec),
+        "prompts": make_prompts(tokenizer.encode(prose()), plan.prompt_lengths),
+    }
+
+
+def gate(job: Job, events: Events) -> dict[str, Any]:
+    """Reference first tokens, from transformers."""
+    return references_to_json(compute_references(job.the_plan, job.prompts, events.progress))
+
+
+def ceiling(job: Job, events: Events) -> dict[str, Any]:
+    """Rates of the machine; the ``linears`` samples go to the raw record."""
+    import torch
+
+    from jitgraph.bench.ceiling import measure_linears, measure_rates
+    from jitgraph.model.loader import find_model
+
+    plan = job.the_plan
+    if plan.device.startswith("cuda"):
+        torch.cuda.set_device(plan.device)  # kernels launch on the current device
+    done, total = 0, len(plan.pacings) + len({1, *plan.prompt_lengths})
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        events.progress(done, total)
+
+    rates = measure_rates(plan, job.device_name, step)
+    writer = RawWriter(Path(job.folder), LINEARS)
+    try:
+        measure_linears(plan, find_model(plan.model, weights=plan.weights).spec, writer, step)
+    finally:
+        writer.close()
+    return rates
+
+
+def case(job: Job, events: Events) -> dict[str, Any]:
+    """One case: load, first requests, gate, rows."""
+    plan = job.the_plan
+    module = importlib.import_module("jitgraph.bench.cases." + job.case.replace("-", "_"))
+    subject = module.make()
+    total = plan.requests()
+    events.facts({"ungated": job.reference is None})
+    try:
+        subject.load(plan)
+        ready_s = time.time() - job.started_s
+        events.facts(subject.describe())
+        writer = RawWriter(Path(job.folder), job.case)
+        try:
+            meter = Meter(
+                job.case, subject, plan, job.prompts, writer, lambda done: events.progress(done, total), job.deadline_s
+            )
+            reference = None if job.reference is None else references_from_json(job.reference)
+            checked = meter.cold(ready_s, reference)
+            events.facts({"gate_checked": checked})
+            meter.timed()
+            described: dict[str, Any] = subject.describe()
+            return described
+        finally:
+            writer.close()
+    finally:
+        subject.close()
+
+
+JOBS = {"prepare": prepare, "gate": gate, "ceiling": ceiling, "case": case}
+
+
+def run_job(job: Job, events: Events) -> int:
+    """Runs a job and tells how it ended; the exit code says the same."""
+    try:
+        events.outcome(jobs.COMPLETE, value=JOBS[job.kind](job, events))
+        return 0
+    except CaseUnavailable as error:
+        events.outcome(error.status, str(error))
+    except GateFailed as error:
+        events.outcome(jobs.GATE_FAILED, str(error))
+    except TimeUp as error:
+        events.outcome(jobs.TIME_LIMIT, str(error))
+    except KeyboardInterrupt:
+        events.outcome(jobs.INTERRUPTED, "interrupted; rows measured before are kept")
+    except JitgraphError as error:
+        events.outcome(jobs.FAILED, str(error))
+    except Exception as error:
+        traceback.print_exc()
+        first_line = (str(error).splitlines() or ["no message"])[0]
+        events.outcome(jobs.FAILED, f"{type(error).__name__}: {first_line}")
+    return 1
+
+
+def main() -> int:
+    """Process entry."""
+    with os.fdopen(int(sys.argv[1]), "w", encoding="utf-8") as pipe:
+        return run_job(Job.from_json(sys.stdin.read()), Events(pipe))

@@ -1,0 +1,130 @@
+"""Settings: each field documented, each default once, the one place that reads the environment. No torch.
+
+``EngineConfig`` is what a caller may wish for (``None`` and ``"auto"`` included). ``model`` and ``engine`` resolve it
+against a model and a device into definite figures; nothing is ever written back into a config.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+from jitgraph.errors import ConfigError
+
+DEFAULT_PREFILL_BUCKETS = (8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+"""Prompt sizes with a graph from the start; a prompt is padded to the next one, longer ones run as chunks."""
+
+DTYPES = ("auto", "float16", "bfloat16", "float32")
+OPS_FLAVOURS = ("auto", "torch", "mixed", "jit")
+
+ENVIRONMENT = {
+    "JITGRAPH_CACHE": "folder of compiled kernels (default: $XDG_CACHE_HOME/jitgraph or ~/.cache/jitgraph)",
+    "JITGRAPH_PYTHON": "read by the shell scripts: the Python whose environment they use instead of making .venv",
+    "HF_HOME": "read by huggingface_hub: where downloaded checkpoints live",
+    "HF_HUB_OFFLINE": "read by huggingface_hub: 1 forbids downloads",
+    "HF_TOKEN": "read by huggingface_hub: token for gated models",
+}
+"""Every environment variable the project or its set-up scripts react to, with its meaning."""
+
+
+def cache_dir() -> str:
+    """Folder of compiled kernels, from ``JITGRAPH_CACHE`` or the user's cache folder."""
+    explicit = os.environ.get("JITGRAPH_CACHE")
+    if explicit:
+        return explicit
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(base, "jitgraph")
+
+
+def interpreting() -> bool:
+    """Whether Triton runs its kernels in its CPU interpreter (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|KB|MB|GB)?\s*$", re.IGNORECASE)
+_UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+def parse_size(text: str | int, what: str = "size") -> int:
+    """Bytes in ``"4GiB"``, ``"512 MiB"``, ``"1000"`` or an int.
+
+    Raises:
+        ConfigError: not a size.
+    """
+    if isinstance(text, int) and not isinstance(text, bool):
+        value = text
+    else:
+        match = _SIZE.match(str(text))
+        if match is None:
+            raise ConfigError(f"{what} must be a size such as 4GiB or 512MiB, not {text!r}")
+        value = int(float(match.group(1)) * _UNITS[(match.group(2) or "B").lower()])
+    if value <= 0:
+        raise ConfigError(f"{what} must be above zero, not {text!r}")
+    return value
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How to build an engine.
+
+    Raises:
+        ConfigError: a value out of its range.
+    """
+
+    device: str = "auto"
+    """``cuda``, ``cuda:1``, ``cpu``; ``auto`` is the first CUDA device, else the CPU."""
+    dtype: str = "auto"
+    """Weights and activations; ``auto`` is the checkpoint's own on CUDA and float32 on the CPU."""
+    max_model_len: int | None = None
+    """Most tokens of prompt and output together; None is the model's limit, at most 4096."""
+    max_streams: int = 8
+    """Sequences that run at once, 1 to 8; more are queued."""
+    kv_cache_memory: int | str | None = None
+    """Bytes for the KV cache (``"4GiB"``); None is exactly what ``max_streams`` full sequences need."""
+    page_size: int = 16
+    """Tokens in a KV page: a power of two from 8 to 128."""
+    prefill_buckets: tuple[int, ...] = DEFAULT_PREFILL_BUCKETS
+    """Prompt sizes with a graph, ascending; the last one is the chunk size of longer prompts."""
+    precapture_lengths: tuple[int, ...] = ()
+    """Exact prompt lengths that get a graph of their own besides the buckets."""
+    max_graphs: int = 50
+    """Most graphs captured at start: decode first, then buckets, then exact lengths. What is left out runs padded or
+    eagerly."""
+    graphs: bool = True
+    """Capture and replay graphs; False runs every step eagerly."""
+    ops: str = "auto"
+    """Kernels: ``torch`` (plain PyTorch), ``mixed`` (Triton for dynamic ops, PyTorch for static ones), ``jit`` (Triton
+    for all but matrix products); ``auto`` is ``jit`` on CUDA and ``torch`` on the CPU."""
+    fused_sampling: bool = True
+    """Sampling and append inside the step's graph; False runs them eagerly after it."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prefill_buckets", tuple(self.prefill_buckets))
+        object.__setattr__(self, "precapture_lengths", tuple(self.precapture_lengths))
+        self._require(self.dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        self._require(self.ops in OPS_FLAVOURS, f"ops must be one of {', '.join(OPS_FLAVOURS)}, not {self.ops!r}")
+        self._require(1 <= self.max_streams <= 8, f"max_streams must be between 1 and 8, not {self.max_streams}")
+        power = 8 <= self.page_size <= 128 and self.page_size & (self.page_size - 1) == 0
+        self._require(power, f"page_size must be 8, 16, 32, 64 or 128, not {self.page_size}")
+        buckets = self.prefill_buckets
+        self._require(len(buckets) > 0, "prefill_buckets must name at least one prompt size")
+        self._require(all(b >= 1 for b in buckets), f"prefill_buckets must be positive, not {buckets}")
+        self._require(
+            list(buckets) == sorted(set(buckets)), f"prefill_buckets must ascend without repeats, not {buckets}"
+        )
+        exact = self.precapture_lengths
+        self._require(
+            all(1 <= n <= buckets[-1] for n in exact),
+            f"precapture_lengths must lie between 1 and the largest bucket ({buckets[-1]}), not {exact}",
+        )
+        self._require(self.max_graphs >= 0, f"max_graphs must be 0 or more, not {self.max_graphs}")
+        if self.max_model_len is not None:
+            self._require(self.max_model_len >= 2, f"max_model_len must be at least 2, not {self.max_model_len}")
+        if self.kv_cache_memory is not None:
+            parse_size(self.kv_cache_memory, "kv_cache_memory")
+
+    @staticmethod
+    def _require(ok: bool, message: str) -> None:
+        if not ok:
+            raise ConfigError(message)

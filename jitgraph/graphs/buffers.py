@@ -1,0 +1,169 @@
+"""Every buffer a step touches, declared once with its shape, dtype and what may be assumed of its padding.
+
+Owned by the engine's thread and stream. Allocated before the first step; a replay takes no arguments and no step
+allocates. Smaller steps use leading views of the buffers of the largest one, so all graphs share one workspace.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import torch
+
+from jitgraph.graphs.key import GraphKey
+from jitgraph.model.batch import Batch, Workspace
+from jitgraph.model.spec import ModelSpec
+from jitgraph.ops.ring import RING_FIELDS
+from jitgraph.ops.slots import SlotTable
+from jitgraph.types import MAX_LOGPROBS
+
+RING_DEPTH = 64
+"""Steps whose records the token ring holds; far more than are ever in flight."""
+STAGING_DEPTH = 8
+"""Pinned copies of each host input. A copy may still be read while its step is in flight, so there are more of them
+than steps in flight (the engine keeps at most two)."""
+HEADER = 4
+"""int32 words before the ids of a staged prompt chunk: slot, start, n, emit."""
+
+
+class Padding(enum.Enum):
+    """What a step may assume of the elements beyond its real tokens, and who makes it so."""
+
+    PREPARED = "the prepare op writes every element of every step, padding as the dummy slot's"
+    WRITTEN = "each element is written before it is read within one step, so stale content is harmless"
+    HOST = "the host writes it before a step that reads it; elements past the header's count are never read"
+    STATE = "kept from step to step; padding belongs to the dummy slot"
+
+
+@dataclass(frozen=True)
+class Declared:
+    """One buffer."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    padding: Padding
+
+    @property
+    def nbytes(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class BufferSizes:
+    """The largest step."""
+
+    tokens: int
+    """T: the largest bucket, or the largest batch where that is more."""
+    rows: int
+    """R: the largest batch."""
+    splits: int
+    """Splits of the keys in decode attention."""
+    scratch_words: int
+    """float32 words of sampling scratch per row."""
+
+
+def declare(spec: ModelSpec, sizes: BufferSizes, dtype: torch.dtype) -> list[Declared]:
+    """The buffers on the device, in the order in which they are laid out."""
+    t, r = sizes.tokens, sizes.rows
+    i32, f32 = torch.int32, torch.float32
+    prepared = [(name, (t,)) for name in ("token_ids", "positions", "token_slot")]
+    prepared += [(name, (r,)) for name in ("sample_index", "sample_slot", "sample_position")]
+    work: list[tuple[str, tuple[int, ...], torch.dtype]] = [
+        ("hidden", (t, spec.hidden_size), dtype),
+        ("residual", (t, spec.hidden_size), dtype),
+        ("normed", (t, spec.hidden_size), dtype),
+        ("qkv", (t, spec.qkv_size), dtype),
+        ("q", (t, spec.num_heads, spec.head_dim), dtype),
+        ("attended", (t, spec.num_heads, spec.head_dim), dtype),
+        ("gate_up", (t, 2 * spec.intermediate_size), dtype),
+        ("activated", (t, spec.intermediate_size), dtype),
+        ("partial", (r, spec.num_heads, sizes.splits, spec.head_dim), f32),
+        ("partial_lse", (r, spec.num_heads, sizes.splits), f32),
+        ("last_hidden", (r, spec.hidden_size), dtype),
+        ("logits", (r, spec.vocab_size), dtype),
+        ("scratch", (r, sizes.scratch_words), f32),
+        ("tokens", (r,), i32),
+        ("logprobs", (r,), f32),
+        ("top_ids", (r, MAX_LOGPROBS), i32),
+        ("top_logprobs", (r, MAX_LOGPROBS), f32),
+    ]
+    declared = [Declared(name, shape, i32, Padding.PREPARED) for name, shape in prepared]
+    declared += [Declared(name, shape, kind, Padding.WRITTEN) for name, shape, kind in work]
+    declared.append(Declared("row_slot", (r,), i32, Padding.HOST))
+    declared.append(Declared("prompt", (HEADER + t,), i32, Padding.HOST))
+    declared.append(Declared("counter", (1,), torch.int64, Padding.STATE))
+    return declared
+
+
+class Buffers:
+    """The static arena, the slot table, and the host's side of both (pinned staging and the token ring)."""
+
+    def __init__(
+        self, spec: ModelSpec, sizes: BufferSizes, slots: SlotTable, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.sizes = sizes
+        self.slots = slots
+        self.declared = declare(spec, sizes, dtype)
+        offsets, total = _layout(self.declared)
+        self.arena = torch.zeros(total, dtype=torch.uint8, device=device)
+        self._tensors = {
+            d.name: self.arena[offset : offset + d.nbytes].view(d.dtype).view(d.shape)
+            for d, offset in zip(self.declared, offsets, strict=True)
+        }
+        self["row_slot"].fill_(slots.dummy)
+        self["counter"].fill_(1)
+        pinned = device.type == "cuda"
+        self.ring = torch.zeros(RING_DEPTH, sizes.rows, RING_FIELDS, dtype=torch.int64, pin_memory=pinned)
+        staged = {"row_slot": sizes.rows, "prompt": HEADER + sizes.tokens, "slot": slots.stride}
+        self.staging = {
+            name: torch.zeros(STAGING_DEPTH, width, dtype=torch.int32, pin_memory=pinned)
+            for name, width in staged.items()
+        }
+        self._views: dict[GraphKey, tuple[Batch, Workspace]] = {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+    def views(self, key: GraphKey) -> tuple[Batch, Workspace]:
+        """The step's tensors at a key's sizes: leading views, made once per key."""
+        found = self._views.get(key)
+        if found is None:
+            tokens, rows = key.tokens, key.rows
+            assert tokens <= self.sizes.tokens and rows <= self.sizes.rows, f"{key} is larger than the arena"
+            found = self._batch(tokens, rows), self._workspace(tokens, rows)
+            self._views[key] = found
+        return found
+
+    def _batch(self, tokens: int, rows: int) -> Batch:
+        of_tokens = {name: self[name][:tokens] for name in ("token_ids", "positions", "token_slot")}
+        of_rows = {name: self[name][:rows] for name in ("sample_index", "sample_slot", "sample_position")}
+        return Batch(**of_tokens, **of_rows)
+
+    def _workspace(self, tokens: int, rows: int) -> Workspace:
+        of_tokens = ("hidden", "residual", "normed", "qkv", "q", "attended", "gate_up", "activated")
+        fields = Workspace.__dataclass_fields__
+        return Workspace(**{name: self[name][: tokens if name in of_tokens else rows] for name in fields})
+
+    def poison(self) -> None:
+        """Fills all that ``Padding`` calls stale-safe with NaN and nonsense ids: for tests between steps."""
+        for d in self.declared:
+            if d.padding in (Padding.WRITTEN, Padding.PREPARED):
+                self[d.name].fill_(float("nan") if d.dtype.is_floating_point else -(2**30))
+
+    def describe(self) -> dict[str, int]:
+        """Bytes of each buffer."""
+        return {d.name: d.nbytes for d in self.declared}
+
+
+def _layout(declared: list[Declared]) -> tuple[list[int], int]:
+    """Byte offsets of the buffers, each on a 256-byte boundary, and their total."""
+    offsets, total = [], 0
+    for d in declared:
+        offsets.append(total)
+        total += (d.nbytes + 255) // 256 * 256
+    return offsets, total

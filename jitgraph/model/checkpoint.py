@@ -1,0 +1,154 @@
+"""A folder's safetensors files: found, checked against the model's figures from their headers, then read in order.
+
+Nothing is allocated before every name, shape and dtype is known to fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from jitgraph.errors import CheckpointError
+from jitgraph.model.config_reader import ConfigReader, read_json
+from jitgraph.model.packing import hf_shapes
+from jitgraph.model.spec import ModelSpec
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+"""Names in safetensors headers to PyTorch's; others are quantised or not weights."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One header entry."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors writes it: ``F16``, ``BF16``, ``F32``, ``I8``, ..."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a folder by name."""
+
+    folder: Path
+    stored: dict[str, StoredTensor]
+
+    @property
+    def dtype(self) -> str | None:
+        """What most of its tensors are stored in; None where that is no dtype of ours."""
+        counts: dict[str, int] = {}
+        for tensor in self.stored.values():
+            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + 1
+        return DTYPES.get(max(counts, key=lambda name: counts[name])) if counts else None
+
+    def check(self, spec: ModelSpec) -> None:
+        """Compares with what the config asks for.
+
+        Raises:
+            CheckpointError: every missing, unexpected, misshapen and mistyped tensor, named in one message.
+        """
+        expected = hf_shapes(spec)
+        missing = [name for name in expected if name not in self.stored]
+        unexpected = [name for name in self.stored if name not in expected and not _ignorable(name, spec)]
+        present = [(name, self.stored[name], shape) for name, shape in expected.items() if name in self.stored]
+        misshapen = [f"{n} is {list(t.shape)} instead of {list(shape)}" for n, t, shape in present if t.shape != shape]
+        mistyped = [f"{name} is {tensor.dtype}" for name, tensor, _ in present if tensor.dtype not in DTYPES]
+        kinds = {
+            "missing": missing,
+            "unexpected": unexpected,
+            "of another shape": misshapen,
+            "of a dtype other than float16, bfloat16 and float32": mistyped,
+        }
+        parts = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
+        if parts:
+            raise CheckpointError(
+                f"the tensors in {self.folder} do not fit its config.json (use files that belong together); "
+                + "; ".join(parts)
+            )
+
+    def tensors(self, spec: ModelSpec) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor that the model needs, file by file, mapped into host memory one at a time.
+
+        Raises:
+            CheckpointError: a file that became unreadable since its header was read.
+        """
+        wanted: dict[Path, list[str]] = {}
+        for name in hf_shapes(spec):
+            wanted.setdefault(self.stored[name].file, []).append(name)
+        for path, names in wanted.items():
+            with _opened(path) as file:
+                for name in names:
+                    try:
+                        tensor = file.get_tensor(name)
+                    except (SafetensorError, OSError) as error:
+                        raise _broken(path, error) from error
+                    yield name, tensor
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Reads the headers of a folder's safetensors, single or sharded.
+
+    Raises:
+        CheckpointError: no safetensors, a shard missing, a truncated or damaged file (by its name).
+    """
+    stored: dict[str, StoredTensor] = {}
+    for path in _files(folder):
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                if name in stored:
+                    raise CheckpointError(
+                        f"{name} is in both {stored[name].file} and {path}: remove one of these files"
+                    )
+                view = file.get_slice(name)
+                stored[name] = StoredTensor(path, tuple(view.get_shape()), str(view.get_dtype()))
+    return Checkpoint(folder, stored)
+
+
+def _files(folder: Path) -> list[Path]:
+    if (folder / SINGLE_FILE).exists():
+        return [folder / SINGLE_FILE]
+    if (folder / INDEX_FILE).exists():
+        index = ConfigReader(read_json(folder / INDEX_FILE, "download it again"), str(folder / INDEX_FILE))
+        names = sorted(
+            {ConfigReader({"file": v}, index.where).text("file") for v in index.table("weight_map").values()}
+        )
+        if not names:
+            raise index.fail("weight_map", "names no file")
+        for name in names:
+            if Path(name).name != name:
+                raise index.fail("weight_map", f"names {name!r}, which is not a file of this folder")
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{folder / name} is missing though {INDEX_FILE} names it: download it again")
+        return [folder / name for name in names]
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds only pickled weights ({pickles[0]}), which can run code when read: convert them with "
+            "transformers' save_pretrained, which writes safetensors"
+        )
+    raise CheckpointError(f"{folder} holds no weights: it needs {SINGLE_FILE} or {INDEX_FILE} with its shards")
+
+
+def _opened(path: Path) -> Any:
+    """A safetensors file, open for reading."""
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise _broken(path, error) from error
+
+
+def _broken(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} is truncated or damaged ({error}): download or write it again")
+
+
+def _ignorable(name: str, spec: ModelSpec) -> bool:
+    """Tables that old checkpoints stored though they follow from the config, and the copy of a tied embedding."""
+    return name.endswith("rotary_emb.inv_freq") or (spec.tie_embeddings and name == "lm_head.weight")

@@ -1,0 +1,147 @@
+"""A model by name: checkpoint folder, hub id or preset, to packed weights on one device.
+
+Runs once, before the engine starts, on the thread that builds it. A local folder opens no socket:
+``huggingface_hub`` is imported for hub ids alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jitgraph.errors import CheckpointError, ConfigError
+from jitgraph.model.checkpoint import open_checkpoint
+from jitgraph.model.config_reader import read_json
+from jitgraph.model.device import resolve_device, resolve_dtype
+from jitgraph.model.hf_config import config_dtype, eos_ids, spec_from_config
+from jitgraph.model.packing import Progress, allocate_weights, fill, hf_views
+from jitgraph.model.presets import PRESETS, RANDOM_BY_NATURE, preset_config
+from jitgraph.model.random_weights import iter_random_tensors
+from jitgraph.model.spec import ModelSpec
+from jitgraph.model.weights import ModelWeights
+
+WEIGHTS = ("checkpoint", "random")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready for a decoder."""
+
+    name: str
+    """The preset, the hub id or the folder's name."""
+    spec: ModelSpec
+    weights: ModelWeights
+    folder: Path | None
+    """Where its tokenizer and chat template lie; None for a preset, which uses the bundled ones."""
+    generation_config: dict[str, Any]
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What a name stands for, before any weight is read."""
+
+    name: str
+    folder: Path | None
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    spec: ModelSpec
+
+
+def load_model(
+    model: str,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str = "auto",
+    weights: str = "checkpoint",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> LoadedModel:
+    """Reads or makes a model's weights straight into their packed places on the device.
+
+    Args:
+        model: preset name, checkpoint folder or hub id. Of a preset and a folder of one name the preset is meant;
+            ``./name`` is the folder.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: ``float16``, ``bfloat16``, ``float32``; ``auto`` is the checkpoint's own on CUDA and float32 on the CPU.
+        weights: ``checkpoint`` reads safetensors; ``random`` makes seeded random ones (a folder then needs no weights).
+        seed: of random weights.
+        progress: told (phase, MiB done, MiB in all) after each tensor.
+
+    Raises:
+        CheckpointError: nothing of that name, or a checkpoint that is damaged or contradicts its config.
+        UnsupportedModelError: a family or feature outside the native decoder.
+        ConfigError: a preset without ``weights="random"``, or an unknown ``weights`` or ``dtype``.
+        DeviceError: the device is not there.
+        CapacityError: the device's memory is too small.
+    """
+    target = resolve_device(device)
+    source = find_model(model, weights=weights)
+    spec, random = source.spec, weights == "random" or source.folder is None
+    tensors: Iterable[tuple[str, torch.Tensor]]
+    if source.folder is not None and not random:
+        checkpoint = open_checkpoint(source.folder)
+        checkpoint.check(spec)
+        if config_dtype(source.config, source.name) is None:
+            spec = dataclasses.replace(spec, dtype=checkpoint.dtype or spec.dtype)
+        tensors = checkpoint.tensors(spec)
+    chosen = resolve_dtype(dtype, spec.dtype, target)
+    if random:
+        tensors = iter_random_tensors(spec, seed, target, chosen)
+    packed = allocate_weights(spec, target, chosen)
+    fill(hf_views(spec, packed), tensors, progress)
+    if target.type == "cuda":
+        torch.cuda.empty_cache()  # the drafts of random tensors; what stays reserved is the model alone
+    return LoadedModel(source.name, spec, packed, source.folder, source.generation_config, chosen, target)
+
+
+def find_model(model: str, *, weights: str = "checkpoint") -> ModelSource:
+    """Configuration of a model by name; a hub id is downloaded, with its weights unless they are to be random.
+
+    Raises:
+        CheckpointError, UnsupportedModelError, ConfigError: as ``load_model``.
+    """
+    if weights not in WEIGHTS:
+        raise ConfigError(f"weights must be one of {', '.join(WEIGHTS)}, not {weights!r}")
+    if model in PRESETS:
+        if weights != "random" and model not in RANDOM_BY_NATURE:
+            raise ConfigError(
+                f"{model} is a preset, shapes without weights: add --weights random (weights='random'), "
+                f"or name a checkpoint folder (./{model} for one of that name)"
+            )
+        config = preset_config(model)
+        return ModelSource(model, None, config, {}, spec_from_config(config, model))
+    folder = os.path.expanduser(model)  # os.path, not pathlib: it answers False to names that no file can have
+    if os.path.isdir(folder):
+        return _read_folder(Path(folder).resolve().name, Path(folder))
+    if os.path.exists(folder):
+        raise CheckpointError(f"{model} is a file: name the checkpoint folder that holds config.json and the weights")
+    if _HUB_ID.fullmatch(model) is None:
+        raise CheckpointError(
+            f"{model!r} is no existing folder, no preset ({', '.join(PRESETS)}) and no hub id (owner/name)"
+        )
+    from jitgraph.model.hub import download
+
+    source = _read_folder(
+        model, download(model, weights=False)
+    )  # an unsupported family is refused before the long part
+    return source if weights == "random" else _read_folder(model, download(model, weights=True))
+
+
+def _read_folder(name: str, folder: Path) -> ModelSource:
+    path = folder / "config.json"
+    config = read_json(path, "name a Hugging Face checkpoint folder, the one that holds config.json")
+    generation = folder / "generation_config.json"
+    generation_config = read_json(generation, "") if generation.exists() else {}
+    spec = spec_from_config(config, str(path))
+    spec = dataclasses.replace(spec, eos_token_ids=eos_ids(spec, generation_config, str(generation)))
+    return ModelSource(name, folder, config, generation_config, spec)

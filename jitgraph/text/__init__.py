@@ -1,0 +1,1 @@
+"""Text and token ids: tokenizers, chat templates, incremental text. No torch; shared with a server."""

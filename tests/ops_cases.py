@@ -1,0 +1,76 @@
+"""Helpers of the op tests: slot tables and paged caches whose unused memory is poison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from jitgraph.ops.slots import SlotTable, encode_row
+from jitgraph.types import SamplingParams
+
+LAYOUTS = ((4, 4, 16), (8, 2, 32), (6, 2, 64), (4, 1, 128))
+"""(query heads, KV heads, head size): plain, grouped, an odd group, one KV head."""
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TOLERANCE = {torch.float32: 3e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+PAGE = 8
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal within the rounding of the dtype; NaN is never equal."""
+    tolerance = TOLERANCE[expected.dtype]
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+
+@dataclass(frozen=True)
+class Paged:
+    """Sequences of known lengths in a shuffled cache. ``k``/``v`` hold NaN wherever no token is, ``k0``/``v0`` zero."""
+
+    slots: SlotTable
+    k: torch.Tensor
+    v: torch.Tensor
+    k0: torch.Tensor
+    v0: torch.Tensor
+
+
+def make_paged(
+    lengths: list[int], hkv: int, dh: int, dtype: torch.dtype, device: torch.device, page: int = PAGE, seed: int = 0
+) -> Paged:
+    """A cache with ``lengths[s]`` written tokens for slot s, its pages in random order; the dummy page has one
+    token."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = [-(-n // page) for n in lengths]
+    order = (torch.randperm(sum(counts), generator=generator) + 1).tolist()
+    slots = SlotTable.allocate(len(lengths), max(counts) + 1, torch.device("cpu"))
+    shape = (sum(counts) + 1, page, hkv, dh)
+    values = torch.randn(2, *shape, generator=generator).to(dtype)
+    written = torch.zeros(shape[:2], dtype=torch.bool)
+    written[0, 0] = True
+    for slot, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        pages = [order.pop() for _ in range(count)]
+        encode_row(slots.words[slot], SamplingParams(), length, length + 1, (), 0, pages)
+        for position in range(length):
+            written[pages[position // page], position % page] = True
+    mask = written[None, :, :, None, None]
+    clean = torch.where(mask, values, torch.zeros_like(values)).to(device)
+    poisoned = torch.where(mask, values, torch.full_like(values, torch.nan)).to(device)
+    table = SlotTable(slots.words.to(device), slots.pages_per_slot)
+    return Paged(table, poisoned[0], poisoned[1], clean[0], clean[1])
+
+
+def sampling_slots(rows: list[tuple[SamplingParams, int, tuple[int, ...], int]], device: torch.device) -> SlotTable:
+    """A slot per (params, prompt length, stop ids, seed), with two pages each."""
+    table = SlotTable.allocate(len(rows), 2, torch.device("cpu"))
+    for slot, (params, prompt, stops, seed) in enumerate(rows):
+        encode_row(table.words[slot], params, prompt, prompt + params.max_tokens, stops, seed, [slot + 1])
+    return SlotTable(table.words.to(device), table.pages_per_slot)
+
+
+def int32(values: list[int], device: torch.device) -> torch.Tensor:
+    """An int32 tensor of a list."""
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def poison(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor that must be written before it is read: NaN, or a large negative number for integers."""
+    return torch.full(shape, torch.nan if dtype.is_floating_point else -(2**30), dtype=dtype, device=device)

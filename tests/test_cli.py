@@ -1,0 +1,121 @@
+"""The command line as a person meets it: text on standard output, the rest on standard error, one sentence an error."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jitgraph import __version__
+from jitgraph.cli import app, run_cli
+
+QUICK = ["--device", "cpu", "--max-model-len", "64"]
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """``run(*words, given=None)``: (exit code, standard output, standard error) of ``jitgraph`` in this process."""
+
+    def run(*words: str, given: str | None = None) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(given or ""))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            run_cli(lambda: app(list(words)))
+        out, err = capsys.readouterr()
+        return int(end.value.code or 0), out, err
+
+    return run
+
+
+def test_generate_streams_text(run: Run) -> None:
+    code, out, err = run("generate", "tiny", "--prompt", "The train", "--max-tokens", "5", *QUICK)
+    assert code == 0 and out.endswith("\n")
+    assert "5 tokens, TTFT" in err and "emulated graphs" in err
+
+
+def test_generate_json_and_seed(run: Run) -> None:
+    words = ["generate", "--token-ids", "3,4,5", "--max-tokens", "6", "--temperature", "1", "--seed", "3", "--json"]
+    first, second = (run(*words, "--logprobs", "2", *QUICK) for _ in range(2))
+    document = json.loads(first[1])
+    assert document["prompt_token_ids"] == [3, 4, 5] and len(document["token_ids"]) == 6
+    assert document["finish_reason"] == "length" and len(document["logprobs"]) == 6
+    assert document["timings"]["ttft_ms"] > 0
+    assert json.loads(second[1])["token_ids"] == document["token_ids"]
+
+
+def test_generate_reads_standard_input(run: Run) -> None:
+    code, out, _ = run("generate", "--prompt", "-", "--max-tokens", "2", "--json", *QUICK, given="Hello there")
+    assert code == 0 and len(json.loads(out)["prompt_token_ids"]) >= 2
+
+
+def test_chat_keeps_the_conversation(run: Run) -> None:
+    code, out, err = run("chat", "tiny", "--max-tokens", "4", "--device", "cpu", given="Hello\nAnd then?\n\n")
+    assert code == 0 and out.count("> ") == 3
+    assert err.count("4 tokens, TTFT") == 2
+
+
+def test_export_and_use(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "tiny-export"
+    assert run("export", "tiny", str(folder), "--device", "cpu")[0] == 0
+    assert (folder / "model.safetensors").exists() and (folder / "tokenizer.json").exists()
+    words = ["--prompt", "The train", "--max-tokens", "5", "--json", "--dtype", "float16", *QUICK]
+    exported, preset = (json.loads(run("generate", where, *words)[1]) for where in (str(folder), "tiny"))
+    assert exported["token_ids"] == preset["token_ids"]
+
+
+def test_version_and_environment(run: Run) -> None:
+    assert run("--version")[1].strip() == f"jitgraph {__version__}"
+    found = json.loads(run("collect-env")[1])
+    assert "torch" in json.dumps(found) and "python" in json.dumps(found).lower()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["generate", "tiny"], "give the prompt either as --prompt TEXT or as --token-ids"),
+        (["generate", "tiny", "--prompt", ""], "the prompt is empty"),
+        (["generate", "tiny", "--token-ids", "1,x"], "--token-ids must be whole numbers"),
+        (["generate", "tiny", "--token-ids", "1,2048", *QUICK], "token id 2048 is not in the vocabulary"),
+        (["generate", "/nowhere/at/all", "--prompt", "x"], "no existing folder, no preset"),
+        (["generate", "llama-2-7b", "--prompt", "x"], "--weights random"),
+        (["generate", "tiny", "--prompt", "x", "--temperature", "-1"], "temperature must be between 0 and 100"),
+        (["generate", "tiny", "--prompt", "x", "--temperature", "nan"], "temperature must be a finite number"),
+        (["generate", "tiny", "--prompt", "x", "--kv-cache-memory", "5B", *QUICK], "is too small"),
+        (["generate", "tiny", "--token-ids", ",".join(["5"] * 80), *QUICK], "the prompt has 80 tokens"),
+        (["export", "gpt-17", "/tmp"], "gpt-17"),
+        (["export", "tiny", "/proc/nowhere"], "/proc"),
+    ],
+)
+def test_one_sentence_and_exit_code_2(run: Run, words: list[str], said: str) -> None:
+    code, out, err = run(*words)
+    assert code == 2 and said in err.replace("\n", " ") and err.startswith("error:")
+    assert "Traceback" not in out + err
+
+
+def test_as_a_process() -> None:
+    """``python -m jitgraph`` itself: exit code, streams, and no traceback where the mistake is the user's."""
+    done = subprocess.run(
+        [sys.executable, "-m", "jitgraph", "generate", "no-such-model", "--prompt", "x"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error:")
+
+
+def test_the_models_own_sampling_is_used_and_named(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    assert run("export", "tiny", str(folder), "--device", "cpu")[0] == 0
+    path = folder / "generation_config.json"
+    settings = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    words = ["generate", str(folder), "--prompt", "x", "--max-tokens", "12", "--json", *QUICK]
+    code, sampled, err = run(*words, "--seed", "1")
+    assert code == 0 and "generation_config.json: temperature 0.6, top_p 0.9" in err
+    greedy = run(*words, "--temperature", "0", "--top-p", "1")[1]
+    assert json.loads(sampled)["token_ids"] != json.loads(greedy)["token_ids"]

@@ -1,0 +1,134 @@
+"""The scheduler alone: pure policy, no torch, driven through random lives of requests."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jitgraph.engine.scheduler import DecodePlan, Plan, PrefillPlan, Scheduler, Sequence
+from jitgraph.types import FinishReason, Request, SamplingParams
+
+CHUNK = 8
+
+
+class Pages:
+    """A page pool that checks every hand-over."""
+
+    def __init__(self, count: int) -> None:
+        self.owned: set[int] = set()
+        self.free = set(range(1, count + 1))
+
+    def take(self, count: int) -> list[int] | None:
+        if count > len(self.free):
+            return None
+        taken = [self.free.pop() for _ in range(count)]
+        self.owned.update(taken)
+        return taken
+
+    def give_back(self, pages: list[int]) -> None:
+        for page in pages:
+            self.owned.remove(page)
+            self.free.add(page)
+
+
+def sequence(identity: int, prompt: int, new: int, pages: int, stop: frozenset[int] = frozenset()) -> Sequence:
+    request = Request(identity, tuple(range(prompt)), SamplingParams(max_tokens=new))
+    return Sequence(request, prompt + new, stop, pages)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    requests=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12), st.integers(1, 6)), min_size=1, max_size=10),
+    streams=st.integers(1, 8),
+    ahead=st.integers(1, 3),
+    stops=st.lists(st.integers(0, 3), min_size=40, max_size=40),
+    cancel=st.sets(st.integers(0, 9), max_size=3),
+)
+def test_every_request_ends_and_nothing_leaks(
+    requests: list[tuple[int, int, int]], streams: int, ahead: int, stops: list[int], cancel: set[int]
+) -> None:
+    """Whatever the load: chunks cover each prompt in order, no slot or page is shared, none is lost, all requests
+    end."""
+    pages = Pages(6)
+    scheduler = Scheduler(streams, CHUNK, pages)
+    everyone = [sequence(i, p, n, k, frozenset({0})) for i, (p, n, k) in enumerate(requests)]
+    for one in everyone:
+        scheduler.add(one)
+    flights: deque[Plan] = deque()
+    seen: dict[int, int] = {}
+    for turn in range(2000):
+        for one in scheduler.admit():
+            assert len(one.pages) == one.pages_needed
+        running = [one.slot for one in scheduler.running]
+        assert len(set(running)) == len(running) <= streams
+        assert sum(len(one.pages) for one in scheduler.running) == len(pages.owned)
+        while len(flights) < ahead and (plan := scheduler.next_plan()) is not None:
+            if isinstance(plan, PrefillPlan):
+                start = seen.get(plan.sequence.request.request_id, 0)
+                assert plan.start == start and 1 <= plan.count <= CHUNK
+                seen[plan.sequence.request.request_id] = start + plan.count
+                assert plan.emit == (start + plan.count == plan.sequence.prompt_length)
+            flights.append(plan)
+        if not flights:
+            break
+        plan = flights.popleft()
+        rows = plan.sequences if isinstance(plan, DecodePlan) else (plan.sequence,) * plan.emit
+        for one in rows:
+            scheduler.record(one, stops[turn % len(stops)] + (turn % 7 != 0))
+        for one in everyone:
+            if one.request.request_id in cancel and turn == 5 + one.request.request_id:
+                scheduler.finish(one, FinishReason.CANCELLED)
+    assert scheduler.idle and not pages.owned
+    for one in everyone:
+        assert one.finished is not None
+        assert len(one.tokens) <= one.request.params.max_tokens
+        if one.finished is FinishReason.LENGTH:
+            assert len(one.tokens) == one.request.params.max_tokens
+        if one.finished is FinishReason.STOP:
+            assert one.tokens[-1] == 0 and 0 not in one.tokens[:-1]
+
+
+def test_prompt_chunks_and_decode_steps_alternate() -> None:
+    """A long prompt does not starve a running stream, nor the other way round."""
+    scheduler = Scheduler(2, CHUNK, Pages(10))
+    first, second = sequence(0, 4, 50, 1), sequence(1, 40, 5, 1)
+    scheduler.add(first)
+    scheduler.admit()
+    assert isinstance(scheduler.next_plan(), PrefillPlan)
+    scheduler.add(second)
+    scheduler.admit()
+    kinds = [type(scheduler.next_plan()).__name__ for _ in range(8)]
+    assert kinds == ["DecodePlan", "PrefillPlan"] * 4
+
+
+def test_launching_ahead_never_passes_the_length() -> None:
+    """With steps in flight, no more are launched than the request may have tokens."""
+    scheduler = Scheduler(1, CHUNK, Pages(4))
+    scheduler.add(sequence(0, 3, 2, 1))
+    scheduler.admit()
+    plans = [scheduler.next_plan() for _ in range(5)]
+    assert [type(plan).__name__ for plan in plans] == ["PrefillPlan", "DecodePlan", "NoneType", "NoneType", "NoneType"]
+
+
+def test_admission_waits_for_pages_in_order() -> None:
+    """The oldest request goes first even where a younger one would fit; nothing is taken from a running one."""
+    scheduler = Scheduler(4, CHUNK, Pages(5))
+    big, bigger, small = sequence(0, 1, 1, 4), sequence(1, 1, 1, 3), sequence(2, 1, 1, 1)
+    for one in (big, bigger, small):
+        scheduler.add(one)
+    assert scheduler.admit() == [big]
+    scheduler.finish(big, FinishReason.CANCELLED)
+    assert scheduler.admit() == [bigger, small]
+
+
+def test_late_tokens_do_not_count() -> None:
+    scheduler = Scheduler(1, CHUNK, Pages(4))
+    one = sequence(0, 1, 10, 1, frozenset({7}))
+    scheduler.add(one)
+    scheduler.admit()
+    assert scheduler.record(one, 5)
+    assert scheduler.record(one, 7) and one.finished is FinishReason.STOP
+    assert not scheduler.record(one, 9)
+    assert one.tokens == [5, 7]

@@ -1,0 +1,78 @@
+"""Every Triton kernel compiles for sm_80 and sm_90, in each dtype and for each family's geometry, without a GPU.
+
+Each (architecture, dtype) is a process of its own, as many at once as there are cores. Register spills are 0 but for
+the kernels listed here, and every block fits the smallest shared memory of a supported card.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ARCHS = (80, 90)
+DTYPES = ("float32", "float16", "bfloat16")  # the slowest first
+
+SHARED_LIMIT_BYTES = 99 * 1024
+"""Per block on compute capability 8.6 and 8.9, the least of all from 8.0 on."""
+
+STACK_BOUND_BYTES = {
+    "prefill_attention_kernel": 32,  # two registers on sm_80, where the products' operands pass through registers
+    "rope_append_kernel": 64,  # the sine's slow path for large angles (dynamic scaling)
+    "sample_rows_kernel": 128,  # the vocabulary's wide accumulators, only in rows with filters
+}
+STACK_BOUND_FLOAT32_BYTES = {
+    "prefill_attention_kernel": 1024,  # full-precision products have no tensor cores, and hold their tiles in registers
+    "decode_grouped_kernel": 512,
+}
+
+
+def _compile(arch: int, dtype: str, cache: Path) -> dict[str, Any]:
+    environment = os.environ | {"TRITON_INTERPRET": "0", "JITGRAPH_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_CACHE_DIR", None)
+    here = Path(__file__).parent
+    environment["PYTHONPATH"] = os.pathsep.join([str(here.parent), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, str(here / "kernel_cases.py"), str(arch), dtype]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"sm_{arch} {dtype}:\n{done.stderr}"
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], dict[str, Any]]:
+    """The report of each (architecture, dtype)."""
+    cache = tmp_path_factory.mktemp("kernels")
+    jobs = [(arch, dtype) for dtype in DTYPES for arch in ARCHS]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return dict(zip(jobs, pool.map(lambda job: _compile(*job, cache), jobs), strict=True))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_kernel_compiles(compiled: dict[tuple[int, str], dict[str, Any]], arch: int, dtype: str) -> None:
+    report = compiled[arch, dtype]
+    assert sorted(report["ops"]) == report["wanted_ops"]
+    assert all(report["ops"].values()), "an op that launches no kernel"
+    launched = {binary["kernel"] for binary in report["binaries"]}
+    assert launched == set(report["wanted_kernels"])
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_registers_and_shared_memory(compiled: dict[tuple[int, str], dict[str, Any]], arch: int, dtype: str) -> None:
+    bounds = STACK_BOUND_BYTES | (STACK_BOUND_FLOAT32_BYTES if dtype == "float32" else {})
+    for binary in compiled[arch, dtype]["binaries"]:
+        name = f"sm_{arch} {binary['kernel']}({binary['signature']})"
+        assert binary["registers"] is not None and binary["local_bytes"] is not None, name
+        bound = bounds.get(binary["kernel"].rsplit(".", 1)[-1], 0)
+        assert binary["local_bytes"] <= bound, f"{name} keeps {binary['local_bytes']} bytes in local memory"
+        assert binary["shared_bytes"] <= SHARED_LIMIT_BYTES, f"{name} needs {binary['shared_bytes']} bytes shared"

@@ -1,0 +1,245 @@
+"""The offline API as a user meets it: texts, streams, stops, seeds, log-probabilities, queues and refusals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from jitgraph import LLM, SamplingParams
+from jitgraph.errors import CapacityError, ConfigError, DeviceError, JitgraphError, RequestError
+from jitgraph.types import FinishReason
+
+TEXT = "The train leaves at nine."
+
+
+@pytest.fixture(scope="module")
+def llm(device: torch.device) -> Iterator[LLM]:
+    with LLM("tiny", max_model_len=256, prefill_buckets=(8, 32, 64), device=str(device)) as llm:
+        yield llm
+
+
+def test_text_and_ids_give_the_same(llm: LLM) -> None:
+    ids = llm.tokenizer.encode(TEXT)
+    params = SamplingParams(max_tokens=12)
+    text, numbers = llm.generate([TEXT, ids], params)
+    assert text.token_ids == numbers.token_ids and text.text == numbers.text
+    assert text.prompt_token_ids == tuple(ids)
+    assert len(text.token_ids) == 12 and text.finish_reason is FinishReason.LENGTH
+    assert llm.generate(ids, params)[0].token_ids == text.token_ids, "a bare list of ids is one prompt"
+    assert llm.generate(TEXT, params)[0].token_ids == text.token_ids, "so is a bare text"
+
+
+def test_stream_equals_generate(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=20, temperature=0.8, seed=4)
+    whole = llm.generate(TEXT, params)[0]
+    chunks = list(llm.stream(TEXT, params))
+    assert tuple(chunk.token_id for chunk in chunks) == whole.token_ids
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    assert [chunk.finish_reason for chunk in chunks] == [None] * 19 + [FinishReason.LENGTH]
+
+
+def test_timings(llm: LLM) -> None:
+    timings = llm.generate(TEXT, SamplingParams(max_tokens=5))[0].timings
+    assert timings.ttft_ms > 0 and len(timings.itl_ms) == 4
+    assert timings.latency_ms == pytest.approx(timings.ttft_ms + sum(timings.itl_ms))
+    assert timings.tpot_ms == pytest.approx(sum(timings.itl_ms) / 4)
+
+
+def test_more_prompts_than_streams(llm: LLM) -> None:
+    """Twenty prompts of unequal lengths on eight streams: each gets what it gets alone."""
+    prompts = [f"{TEXT} Number {'x' * i}" for i in range(20)]
+    params = [SamplingParams(max_tokens=3 + i % 7) for i in range(20)]
+    together = llm.generate(prompts, params)
+    for prompt, one, output in zip(prompts, params, together, strict=True):
+        assert len(output.token_ids) == one.max_tokens
+        assert llm.generate(prompt, one)[0].token_ids == output.token_ids
+    assert llm.stats()["free_pages"] == llm._engine.pages.total
+
+
+def test_seed_fixes_the_text_in_any_company(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=16, temperature=1.0, top_k=50, seed=11)
+    alone = llm.generate(TEXT, params)[0].token_ids
+    others = [SamplingParams(max_tokens=16, temperature=1.3, seed=i) for i in range(5)]
+    mixed = llm.generate(["a", "b c", TEXT, "d", "e f g", "h"], [*others[:2], params, *others[2:]])
+    assert mixed[2].token_ids == alone
+    other = llm.generate(TEXT, SamplingParams(max_tokens=16, temperature=1.0, top_k=50, seed=12))[0]
+    assert other.token_ids != alone
+    unseeded = SamplingParams(max_tokens=16, temperature=1.0)
+    assert llm.generate(TEXT, unseeded)[0].token_ids != llm.generate(TEXT, unseeded)[0].token_ids
+
+
+def test_stop_token_ids_and_min_tokens(llm: LLM) -> None:
+    free = llm.generate(TEXT, SamplingParams(max_tokens=20))[0].token_ids
+    stop = free[3]
+    first = free.index(stop)
+    stopped = llm.generate(TEXT, SamplingParams(max_tokens=20, stop_token_ids=(stop,)))[0]
+    assert stopped.token_ids == free[: first + 1] and stopped.finish_reason is FinishReason.STOP
+    later = llm.generate(TEXT, SamplingParams(max_tokens=20, min_tokens=10, stop_token_ids=(stop,)))[0]
+    assert len(later.token_ids) >= 10 and stop not in later.token_ids[:10]
+
+
+def test_stop_string(llm: LLM) -> None:
+    """The text ends before the stop string even where it spans tokens, and the engine stops working on it."""
+    free = llm.generate(TEXT, SamplingParams(max_tokens=40))[0].text
+    stop = free[10:13]
+    stopped = llm.generate(TEXT, SamplingParams(max_tokens=40, stop=(stop,)))[0]
+    assert stopped.text == free[: free.index(stop)] and stopped.finish_reason is FinishReason.STOP
+    assert len(stopped.token_ids) < 40
+    assert llm.generate(TEXT, SamplingParams(max_tokens=5))[0].token_ids, "the engine goes on after it"
+
+
+def test_eos_ends_unless_ignored(device: torch.device) -> None:
+    with LLM("tiny", max_model_len=128, prefill_buckets=(16,), device=str(device)) as llm:
+        free = llm.generate(TEXT, SamplingParams(max_tokens=10, ignore_eos=True))[0].token_ids
+        llm._engine._eos = (free[2],)
+        ended = llm.generate(TEXT, SamplingParams(max_tokens=10))[0]
+        assert ended.token_ids == free[: free.index(free[2]) + 1] and ended.finish_reason is FinishReason.STOP
+        assert llm.generate(TEXT, SamplingParams(max_tokens=10, ignore_eos=True))[0].token_ids == free
+
+
+def test_logprobs(llm: LLM) -> None:
+    greedy = llm.generate(TEXT, SamplingParams(max_tokens=6))[0]
+    assert greedy.logprobs is None
+    reported = llm.generate(TEXT, SamplingParams(max_tokens=6, logprobs=4))[0]
+    assert reported.token_ids == greedy.token_ids
+    assert reported.logprobs is not None and len(reported.logprobs) == 6
+    for token, entry in zip(reported.token_ids, reported.logprobs, strict=True):
+        assert entry.token_id == token and len(entry.top) == 4
+        assert entry.top[0][0] == token and entry.top[0][1] == pytest.approx(entry.logprob)
+        values = [value for _, value in entry.top]
+        assert values == sorted(values, reverse=True) and sum(math.exp(v) for v in values) <= 1.0001
+
+
+def test_closing_a_stream_frees_its_place(llm: LLM) -> None:
+    streams = [llm.stream(TEXT, SamplingParams(max_tokens=200)) for _ in range(8)]
+    for stream in streams:
+        next(stream)
+        stream.close()
+    llm._engine.drain()
+    assert llm.stats()["free_pages"] == llm._engine.pages.total
+
+
+def test_streams_can_be_read_in_turns(llm: LLM) -> None:
+    params = [SamplingParams(max_tokens=15, temperature=0.7, seed=i) for i in range(3)]
+    alone = [llm.generate(TEXT, one)[0].token_ids for one in params]
+    streams = [llm.stream(TEXT, one) for one in params]
+    together: list[list[int]] = [[], [], []]
+    for _ in range(15):
+        for i, stream in enumerate(streams):
+            together[i].append(next(stream).token_id)
+    assert [tuple(tokens) for tokens in together] == alone
+
+
+def test_the_context_ends_with_a_reason(llm: LLM) -> None:
+    output = llm.generate([list(range(100, 350))], SamplingParams(max_tokens=50))[0]
+    assert len(output.prompt_token_ids) + len(output.token_ids) == 256
+    assert output.finish_reason is FinishReason.LENGTH
+
+
+def test_stats_prove_the_path(llm: LLM) -> None:
+    llm.reset_stats()
+    llm.generate([list(range(5, 37))], SamplingParams(max_tokens=3))
+    stats = llm.stats()
+    assert stats["prefill_paths"] == {"exact": 1} and stats["decode_paths"] == {"exact": 2}
+    assert stats["paths"] == {"exact": 3, "padded": 0, "eager": 0}
+    assert stats["compiles_after_ready"] == 0
+    llm.reset_stats()
+    assert llm.stats()["paths"] == {"exact": 0, "padded": 0, "eager": 0}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ([], "there is no prompt"),
+        ([[]], "the prompt is empty"),
+        ([[5, 2048]], "token id 2048 is not in the vocabulary of 2048 entries"),
+        ([[-1]], "token id -1 is not in the vocabulary"),
+        ([[3] * 256], "the prompt has 256 tokens but the context holds 256"),
+        ([["a", "b"]], "whole numbers"),
+    ],
+)
+def test_bad_prompts(llm: LLM, prompt: Any, said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        llm.generate(prompt, SamplingParams(max_tokens=2))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"temperature": -1}, "temperature must be between 0 and 100"),
+        ({"temperature": float("nan")}, "temperature must be a finite number"),
+        ({"top_p": float("inf")}, "top_p must be a finite number"),
+        ({"top_p": 0.0}, "top_p must be above 0"),
+        ({"min_p": 1.5}, "min_p must be between 0 and 1"),
+        ({"top_k": -2}, "top_k must be 0"),
+        ({"top_k": 0.5}, "top_k must be a whole number"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"max_tokens": 4, "min_tokens": 5}, "min_tokens must be between 0 and max_tokens"),
+        ({"seed": -3}, "seed must be a whole number"),
+        ({"stop": ("",)}, "each stop string must be a non-empty text"),
+        ({"stop_token_ids": (-4,)}, "each stop token id"),
+        ({"stop_token_ids": tuple(range(40))}, "at most 32 stop token ids"),
+        ({"logprobs": 21}, "logprobs must be between 0 and 20"),
+    ],
+)
+def test_bad_sampling(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        SamplingParams(**values)
+
+
+def test_one_bad_prompt_stops_all_before_anything_runs(llm: LLM) -> None:
+    before = llm.stats()["steps"]
+    with pytest.raises(RequestError):
+        llm.generate([[1, 2], [99999]], SamplingParams(max_tokens=2))
+    assert llm.stats()["steps"] == before
+
+
+def test_stop_token_out_of_the_vocabulary(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="stop token id 2048 is not in the vocabulary"):
+        llm.generate(TEXT, SamplingParams(stop_token_ids=(2048,)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "said"),
+    [
+        ({"kv_cache_memory": "1KiB"}, CapacityError, "is too small: two pages of 16 tokens are the least"),
+        ({"kv_cache_memory": "lots"}, ConfigError, "must be a size such as 4GiB"),
+        ({"max_model_len": 99999}, ConfigError, "over the model's limit of 2048"),
+        ({"max_streams": 9}, ConfigError, "max_streams must be between 1 and 8"),
+        ({"prefill_buckets": (8, 4)}, ConfigError, "must ascend"),
+        ({"precapture_lengths": (900,)}, ConfigError, "largest bucket"),
+        ({"page_size": 20}, ConfigError, "page_size must be"),
+        ({"dtype": "float8"}, ConfigError, "dtype must be one of"),
+        ({"ops": "magic"}, ConfigError, "ops must be one of"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], error: type[JitgraphError], said: str) -> None:
+    with pytest.raises(error, match=said):
+        LLM("tiny", device="cpu", **settings)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_cuda_without_cuda() -> None:
+    with pytest.raises(DeviceError, match="cuda"):
+        LLM("tiny", device="cuda")
+
+
+def test_a_request_that_can_never_fit_names_the_budget_that_would(device: torch.device) -> None:
+    with LLM("tiny", max_model_len=512, kv_cache_memory="300KiB", prefill_buckets=(16,), device=str(device)) as llm:
+        with pytest.raises(CapacityError, match=r"kv_cache_memory to at least (\d+) bytes") as caught:
+            llm.generate([[5] * 400], SamplingParams(max_tokens=8))
+        budget = int(str(caught.value).split("at least ")[1].split(" bytes")[0])
+        assert llm.generate([[5] * 20], SamplingParams(max_tokens=4)), "what fits still runs"
+    with LLM("tiny", max_model_len=512, kv_cache_memory=budget, prefill_buckets=(16,), device=str(device)) as llm:
+        assert len(llm.generate([[5] * 400], SamplingParams(max_tokens=8))[0].token_ids) == 8
+
+
+def test_small_budget_makes_requests_take_turns(device: torch.device) -> None:
+    with LLM("tiny", max_model_len=128, kv_cache_memory="700KiB", prefill_buckets=(16,), device=str(device)) as llm:
+        outputs = llm.generate([[i + 3] * 20 for i in range(12)], SamplingParams(max_tokens=30))
+        assert all(len(output.token_ids) == 30 for output in outputs)
+        assert llm.stats()["free_pages"] == llm._engine.pages.total
