@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets the environment up and runs the five-case latency benchmark on what this machine has. Tables, raw samples and
-# plots go to output/ in the project's folder. Arguments go to `jitgraph bench all`:
+# Sets the environment up and runs the five-case latency benchmark on what this machine has. Tables and raw samples
+# go to output/ in the project's folder. Arguments go to `jitgraph bench all`:
 #
 #   ./run_complete_benchmark.sh
 #   ./run_complete_benchmark.sh --prompt-lengths 10,100 --ttft-iterations 5 --p99-iterations 100
