@@ -94,6 +94,8 @@ def generate(
         "logprobs": logprobs,
     }
     settings = {"device": device, "dtype": dtype, "max_model_len": max_model_len, "kv_cache_memory": kv_cache_memory}
+    if logprobs is not None and not as_json:
+        raise RequestError("--logprobs needs --json: streamed text has no place for them")
     SamplingParams(**_given(overrides))  # a wrong value is refused before anything is loaded
     with _open(model, weights, weights_seed, max_streams=1, **settings) as llm:
         params = dataclasses.replace(_default_params(llm), **_given(overrides))
@@ -210,6 +212,8 @@ def _default_params(llm: LLM) -> SamplingParams:
         for field in dataclasses.fields(params)
         if getattr(params, field.name) != getattr(plain, field.name)
     ]
+    if llm.unsupported_defaults:
+        _note(f"generation_config.json also asks for what is not supported: {', '.join(llm.unsupported_defaults)}")
     if differing:
         _note(f"from the model's generation_config.json: {', '.join(differing)}")
     return params

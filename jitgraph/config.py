@@ -64,6 +64,10 @@ def parse_size(text: str | int, what: str = "size") -> int:
     return value
 
 
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """How to build an engine.
@@ -100,8 +104,18 @@ class EngineConfig:
     """Sampling and append inside the step's graph; False runs them eagerly after it."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prefill_buckets", tuple(self.prefill_buckets))
-        object.__setattr__(self, "precapture_lengths", tuple(self.precapture_lengths))
+        for name in ("prefill_buckets", "precapture_lengths"):
+            value = getattr(self, name)
+            listed = isinstance(value, (list, tuple)) and all(_is_whole(n) for n in value)
+            self._require(listed, f"{name} must be a list of whole numbers, not {value!r}")
+            object.__setattr__(self, name, tuple(value))
+        for name in ("max_model_len", "max_streams", "page_size", "max_graphs"):
+            value = getattr(self, name)
+            optional = name == "max_model_len" and value is None
+            self._require(optional or _is_whole(value), f"{name} must be a whole number, not {value!r}")
+        for name in ("graphs", "fused_sampling"):
+            value = getattr(self, name)
+            self._require(isinstance(value, bool), f"{name} must be true or false, not {value!r}")
         self._require(self.dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
         self._require(self.ops in OPS_FLAVOURS, f"ops must be one of {', '.join(OPS_FLAVOURS)}, not {self.ops!r}")
         self._require(1 <= self.max_streams <= 8, f"max_streams must be between 1 and 8, not {self.max_streams}")

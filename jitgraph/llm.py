@@ -1,16 +1,18 @@
 """The offline API: text or token ids in, text and token ids out, on the same engine as everything else.
 
-The caller's thread drives the engine; a lock lets several threads share one ``LLM``. Streams that run at once share
-steps, whoever asks first.
+The caller's thread drives the engine; a fair lock lets several threads share one ``LLM``. Streams that run at once
+share steps, whoever asks first.
 """
 
 from __future__ import annotations
 
-import threading
+import math
+import resource
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,16 @@ import torch
 
 from jitgraph.config import EngineConfig
 from jitgraph.engine.engine import Engine
-from jitgraph.errors import CheckpointError, RequestError
+from jitgraph.errors import CheckpointError, ConfigError, RequestError
 from jitgraph.graphs.key import Phase
+from jitgraph.locks import FairLock
 from jitgraph.model.device import resolve_device
+from jitgraph.model.generation import generation_defaults
 from jitgraph.model.loader import LoadedModel, load_model
 from jitgraph.text.detokenize import IncrementalDetokenizer
+from jitgraph.text.prompts import Prompt, as_prompts, token_ids
 from jitgraph.text.tokenizer import Tokenizer, bundled_tokenizer_folder
 from jitgraph.types import FinishReason, Request, RequestOutput, SamplingParams, Timings, TokenChunk, TokenLogprobs
-
-Prompt = str | Sequence[int]
 
 DETOKENIZER_TAIL = 64
 """Last prompt ids shown to the detokenizer: it needs the last 8 visible ones to know how the text continues."""
@@ -61,16 +64,63 @@ class _Live:
     def output(self) -> RequestOutput:
         """Everything at the end of the request."""
         assert self.finish_reason is not None
-        gaps = tuple((b - a) / 1e6 for a, b in zip(self.times_ns, self.times_ns[1:], strict=False))
-        first, last = self.times_ns[0], self.times_ns[-1]
+        gaps = tuple((b - a) / 1e6 for a, b in pairwise(self.times_ns))
+        if self.times_ns:
+            ttft, latency = ((t - self.submitted_ns) / 1e6 for t in (self.times_ns[0], self.times_ns[-1]))
+        else:  # cancelled before its first token
+            ttft = latency = math.nan
         return RequestOutput(
             prompt_token_ids=self.request.prompt_token_ids,
             text=self.detokenizer.text if self.detokenizer else "",
             token_ids=tuple(self.token_ids),
             finish_reason=self.finish_reason,
-            timings=Timings((first - self.submitted_ns) / 1e6, gaps, (last - self.submitted_ns) / 1e6),
+            timings=Timings(ttft, gaps, latency),
             logprobs=tuple(self.logprobs) if self.request.params.logprobs is not None else None,
         )
+
+
+class Stream:
+    """One request's tokens as they come: an iterator that may be closed.
+
+    ``close`` (or leaving a ``with`` block, or dropping the stream) cancels the request at its next step.
+    """
+
+    def __init__(self, llm: LLM, live: _Live) -> None:
+        self._llm = llm
+        self._live = live
+        self._closed = False
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> StreamChunk:
+        while not self._live.pending:
+            if self._closed or self._live.finish_reason is not None:
+                self.close()
+                raise StopIteration
+            self._llm._step()
+        return self._live.pending.popleft()
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the request ended; None while it runs."""
+        return self._live.finish_reason
+
+    def close(self) -> None:
+        """Cancels the request if it still runs. May be called more than once."""
+        if not self._closed:
+            self._closed = True
+            self._llm._forget([self._live])
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not self._closed:
+            self._llm._abandoned.append(self._live)  # no lock here: a collection may run while this thread holds it
 
 
 class LLM:
@@ -104,12 +154,22 @@ class LLM:
         self.spec = loaded.spec
         self.device = device
         self._tokenizer = _find_tokenizer(loaded.folder)
-        self._generation_config = loaded.generation_config
-        self._engine = Engine(loaded.spec, loaded.weights, config, loaded.spec.eos_token_ids, progress)
-        self._ready_ms = {"load": load_ms, **self._engine.ready.phases_ms}
-        self._lock = threading.RLock()
+        defaults = generation_defaults(loaded.generation_config, f"{loaded.name}: generation_config.json")
+        self._default_params = defaults.params
+        self.unsupported_defaults = defaults.unsupported
+        """Settings of ``generation_config.json`` that this engine does not have, as ``name value``."""
+        self._lock = FairLock()
         self._live: dict[int, _Live] = {}
+        self._abandoned: deque[_Live] = deque()
         self._next_id = 0
+        self._running: Engine | None = Engine(loaded.spec, loaded.weights, config, loaded.spec.eos_token_ids, progress)
+        self._ready_ms = {"load": load_ms, **self._running.ready.phases_ms}
+
+    @property
+    def _engine(self) -> Engine:
+        if self._running is None:
+            raise ConfigError(f"this LLM ({self.name}) has been closed: make a new one")
+        return self._running
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -126,15 +186,7 @@ class LLM:
 
     def default_params(self) -> SamplingParams:
         """The model's own sampling settings (``generation_config.json``); greedy where it has none."""
-        settings = self._generation_config
-        if not settings.get("do_sample", False):
-            return SamplingParams()
-        return SamplingParams(
-            temperature=float(settings.get("temperature") or 1.0),
-            top_k=int(settings.get("top_k") or 0),
-            top_p=float(settings.get("top_p") or 1.0),
-            min_p=float(settings.get("min_p") or 0.0),
-        )
+        return self._default_params
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -147,13 +199,14 @@ class LLM:
         Raises:
             RequestError, CapacityError: a prompt that cannot be answered; then nothing runs.
         """
-        batch = _as_prompts(prompts)
+        batch = as_prompts(prompts)
         each = _as_params(params, len(batch), self.default_params())
-        encoded = [self._encode(prompt) for prompt in batch]
+        requests = [(self._encode(prompt), one) for prompt, one in zip(batch, each, strict=True)]
+        live: list[_Live] = []
         with self._lock:
-            for ids, one in zip(encoded, each, strict=True):
-                self._engine.validate(Request(-1, ids, one))
-            live = [self._submit(ids, one) for ids, one in zip(encoded, each, strict=True)]
+            for one in [self._make(ids, one) for ids, one in requests]:
+                self._submit(one)
+                live.append(one)
         try:
             while any(one.finish_reason is None for one in live):
                 self._step()
@@ -161,64 +214,76 @@ class LLM:
             self._forget(live)
         return [one.output() for one in live]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamChunk]:
-        """Answers one prompt token by token. Closing the iterator cancels the request.
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
+        """Answers one prompt token by token.
 
         The request is handed over at the call, not at the first ``next``. Raises as ``generate`` does.
         """
         ids = self._encode(prompt)
         with self._lock:
-            live = self._submit(ids, params or self.default_params())
-        return self._read(live)
-
-    def _read(self, live: _Live) -> Iterator[StreamChunk]:
-        try:
-            while live.pending or live.finish_reason is None:
-                if live.pending:
-                    yield live.pending.popleft()
-                else:
-                    self._step()
-        finally:
-            self._forget([live])
+            live = self._make(ids, params or self.default_params())
+            self._submit(live)
+        return Stream(self, live)
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            return tuple(self.tokenizer.encode(prompt))
-        ids = tuple(prompt)
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-            raise RequestError("a prompt of token ids must be whole numbers only")
-        return ids
+        if not isinstance(prompt, str):
+            return token_ids(prompt)
+        if not prompt:
+            raise RequestError("the prompt is empty: give at least one character")
+        return tuple(self.tokenizer.encode(prompt))
 
-    def _submit(self, ids: tuple[int, ...], params: SamplingParams) -> _Live:
-        submitted = time.perf_counter_ns()
+    def _make(self, ids: tuple[int, ...], params: SamplingParams) -> _Live:
+        """A request that is valid but not handed over yet. The caller holds the lock."""
+        started = time.perf_counter_ns()
+        self._next_id += 1
         request = Request(self._next_id, ids, params)
+        self._engine.validate(request)
         detokenizer = None
         if self._tokenizer is not None or params.stop:
-            tail = ids[-DETOKENIZER_TAIL:]
-            detokenizer = IncrementalDetokenizer(self.tokenizer, tail, params.stop, params.min_tokens)
-        self._engine.submit(request)
-        self._next_id += 1
-        live = _Live(request, submitted, detokenizer)
-        self._live[request.request_id] = live
-        return live
+            detokenizer = IncrementalDetokenizer(
+                self.tokenizer, ids[-DETOKENIZER_TAIL:], params.stop, params.min_tokens
+            )
+        return _Live(request, started, detokenizer)
+
+    def _submit(self, live: _Live) -> None:
+        """Hands a request over. The caller holds the lock."""
+        self._drop_abandoned()
+        self._engine.enqueue(live.request)
+        self._live[live.request.request_id] = live
 
     def _forget(self, live: list[_Live]) -> None:
         with self._lock:
+            self._drop_abandoned()
             for one in live:
-                self._live.pop(one.request.request_id, None)
-                if one.finish_reason is None:
-                    self._engine.cancel(one.request.request_id)
+                self._end(one)
+
+    def _drop_abandoned(self) -> None:
+        while self._abandoned:
+            self._end(self._abandoned.popleft())
+
+    def _end(self, live: _Live) -> None:
+        """Takes a request out of the books, out of the engine too if it still runs. The caller holds the lock."""
+        self._live.pop(live.request.request_id, None)
+        if live.finish_reason is None:
+            live.finish_reason = FinishReason.CANCELLED
+            if self._running is not None:
+                self._running.cancel(live.request.request_id)
 
     def _step(self) -> None:
         with self._lock:
+            self._drop_abandoned()
             for chunk in self._engine.step():
                 live = self._live.get(chunk.request_id)
-                if live is not None and live.finish_reason is None:
+                if live is not None:
                     self._take(live, chunk)
+                    if live.finish_reason is not None:
+                        del self._live[chunk.request_id]
 
     def _take(self, live: _Live, chunk: TokenChunk) -> None:
         """Adds a token to its request: text, times, stop strings."""
-        assert chunk.token_id is not None
+        if chunk.token_id is None:
+            live.finish_reason = chunk.finish_reason
+            return
         live.times_ns.append(chunk.time_ns)
         live.token_ids.append(chunk.token_id)
         if chunk.logprobs is not None:
@@ -255,7 +320,8 @@ class LLM:
         }
 
     def stats(self) -> dict[str, Any]:
-        """Counters since ready or ``reset_stats``: which path steps took and why; compiles and captures."""
+        """Which path steps took and why, compiles on the request path (all since ready or ``reset_stats``), and
+        sizes."""
         engine, paths = self._engine, self._engine.dispatcher.paths
         by_phase = {phase: {path.value: count for (p, path), count in paths.items() if p is phase} for phase in Phase}
         total: dict[str, int] = {"exact": 0, "padded": 0, "eager": 0}
@@ -272,6 +338,7 @@ class LLM:
             "captures": engine.captures,
             "compiles_after_ready": engine.compiles_after_ready,
             "graphs_left_out": [str(key) for key in engine.ready.left_out],
+            "capture_pool_bytes": engine.ready.pool_bytes,
             "capture_reserved_growth_bytes": engine.ready.reserved_growth_bytes,
             "ready_ms": dict(self._ready_ms),
             "free_pages": engine.pages.free,
@@ -279,16 +346,20 @@ class LLM:
         }
 
     def reset_stats(self) -> None:
-        """Sets the path counters to zero."""
-        self._engine.dispatcher.reset()
+        """Sets the counters of steps, paths and compiles to zero."""
+        self._engine.reset_counters()
 
     def close(self) -> None:
-        """Ends what is running and gives the device's memory back."""
+        """Ends what is running (as cancelled) and gives the device's memory back. May be called more than once."""
         with self._lock:
-            for identity in list(self._live):
-                self._engine.cancel(identity)
-            self._engine.drain()
-            del self._engine
+            engine = self._running
+            if engine is None:
+                return
+            for live in list(self._live.values()):
+                self._end(live)
+            engine.drain()
+            self._running = None
+            del engine
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
@@ -310,17 +381,6 @@ def _find_tokenizer(folder: Path | None) -> Tokenizer | None:
     return Tokenizer.from_folder(folder)
 
 
-def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    items: list[Any] = list(prompts)
-    if items and all(isinstance(item, int) for item in items):
-        return [items]
-    if not items:
-        raise RequestError("there is no prompt: give a text or a non-empty list of token ids")
-    return items
-
-
 def _as_params(
     params: SamplingParams | Sequence[SamplingParams] | None, count: int, default: SamplingParams
 ) -> list[SamplingParams]:
@@ -334,6 +394,4 @@ def _as_params(
 
 
 def _peak_rss_bytes() -> int:
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

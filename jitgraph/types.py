@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from jitgraph.errors import RequestError
 
@@ -16,6 +17,10 @@ MAX_STOP_TOKEN_IDS = 32
 MAX_LOGPROBS = 20
 """Most alternatives per token whose log-probabilities can be asked for (OpenAI's own limit)."""
 MAX_SEED = 2**64 - 1
+MAX_TOKENS = 2**31 - 1
+MIN_TEMPERATURE = 1e-5
+"""Below this, dividing logits by the temperature loses them to rounding or overflow, and the choice is argmax
+anyway."""
 
 
 class FinishReason(str, enum.Enum):
@@ -34,6 +39,12 @@ def _check(ok: bool, message: str) -> None:
         raise RequestError(message)
 
 
+def _as_tuple(value: object, name: str) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise RequestError(f"{name} must be a list, not {value!r}")
+    return tuple(value)
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How to turn logits into tokens, and when to stop.
@@ -50,7 +61,7 @@ class SamplingParams:
     min_tokens: int = 0
     """Stop ids cannot be chosen, and stop strings do not end the text, before this many tokens."""
     temperature: float = 0.0
-    """0 is greedy; larger is more random."""
+    """0 is greedy, and so is anything below ``MIN_TEMPERATURE``; larger is more random."""
     top_k: int = 0
     """Keep the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
@@ -70,9 +81,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         given: object = self.stop  # callers without a type checker pass one string
-        stop = (given,) if isinstance(given, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "stop", (given,) if isinstance(given, str) else _as_tuple(given, "stop"))
+        object.__setattr__(self, "stop_token_ids", _as_tuple(self.stop_token_ids, "stop_token_ids"))
+        _check(isinstance(self.ignore_eos, bool), f"ignore_eos must be true or false, not {self.ignore_eos!r}")
         for name in ("max_tokens", "min_tokens", "top_k"):
             value = getattr(self, name)
             _check(
@@ -82,7 +93,9 @@ class SamplingParams:
             value = getattr(self, name)
             ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             _check(ok, f"{name} must be a finite number, not {value!r}")
-        _check(self.max_tokens >= 1, f"max_tokens must be at least 1, not {self.max_tokens}")
+        _check(
+            1 <= self.max_tokens <= MAX_TOKENS, f"max_tokens must be at least 1 and below 2**31, not {self.max_tokens}"
+        )
         _check(
             0 <= self.min_tokens <= self.max_tokens,
             f"min_tokens must be between 0 and max_tokens ({self.max_tokens}), not {self.min_tokens}",
@@ -113,7 +126,12 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         """True where the lean greedy graph serves: no randomness and no log-probabilities wanted."""
-        return self.temperature == 0.0 and self.logprobs is None
+        return self.coldest and self.logprobs is None
+
+    @property
+    def coldest(self) -> bool:
+        """True where the most likely token is taken."""
+        return self.temperature < MIN_TEMPERATURE
 
 
 @dataclass(frozen=True)

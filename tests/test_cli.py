@@ -88,6 +88,8 @@ def test_version_and_environment(run: Run) -> None:
         (["generate", "llama-2-7b", "--prompt", "x"], "--weights random"),
         (["generate", "tiny", "--prompt", "x", "--temperature", "-1"], "temperature must be between 0 and 100"),
         (["generate", "tiny", "--prompt", "x", "--temperature", "nan"], "temperature must be a finite number"),
+        (["generate", "tiny", "--prompt", "x", "--logprobs", "5"], "--logprobs needs --json"),
+        (["generate", "tiny", "--prompt", "x", "--max-tokens", "3000000000"], "below 2**31"),
         (["generate", "tiny", "--prompt", "x", "--kv-cache-memory", "5B", *QUICK], "is too small"),
         (["generate", "tiny", "--token-ids", ",".join(["5"] * 80), *QUICK], "the prompt has 80 tokens"),
         (["export", "gpt-17", "/tmp"], "gpt-17"),
@@ -119,3 +121,13 @@ def test_the_models_own_sampling_is_used_and_named(run: Run, tmp_path: Path) -> 
     assert code == 0 and "generation_config.json: temperature 0.6, top_p 0.9" in err
     greedy = run(*words, "--temperature", "0", "--top-p", "1")[1]
     assert json.loads(sampled)["token_ids"] != json.loads(greedy)["token_ids"]
+    path.write_text(json.dumps({"repetition_penalty": 1.1}))
+    assert "what is not supported: repetition_penalty 1.1" in run(*words)[2]
+    path.write_text(json.dumps({"do_sample": True, "temperature": "hot"}))
+    code, _, err = run(*words)
+    assert code == 2 and "generation_config.json: temperature must be a finite number above zero" in err.replace(
+        "\n", " "
+    )
+    path.write_text(json.dumps({"eos_token_id": [1, 99999]}))
+    code, _, err = run(*words)
+    assert code == 2 and "eos_token_id 99999 is not in the vocabulary of 2048" in err.replace("\n", " ")

@@ -97,6 +97,8 @@ def poison(engine: Engine) -> None:
     free = [page for page in range(1, engine.cache.data.shape[2]) if page not in owned]
     # Plain PyTorch attention multiplies masked values by 0, so its poison must be finite; kernels must not read at all.
     engine.cache.data[:, :, free] = 1e6 if engine.ops.flavour == "torch" else float("nan")
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize()  # the engine works on a stream of its own
 
 
 def run(engine: Engine, wanted: list[tuple[int, ...]], tokens: int = NEW_TOKENS) -> list[list[int]]:

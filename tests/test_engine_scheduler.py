@@ -59,8 +59,8 @@ def test_every_request_ends_and_nothing_leaks(
     flights: deque[Plan] = deque()
     seen: dict[int, int] = {}
     for turn in range(2000):
-        for one in scheduler.admit():
-            assert len(one.pages) == one.pages_needed
+        while (admitted := scheduler.admit()) is not None:
+            assert len(admitted.pages) == admitted.pages_needed
         running = [one.slot for one in scheduler.running]
         assert len(set(running)) == len(running) <= streams
         assert sum(len(one.pages) for one in scheduler.running) == len(pages.owned)
@@ -118,9 +118,25 @@ def test_admission_waits_for_pages_in_order() -> None:
     big, bigger, small = sequence(0, 1, 1, 4), sequence(1, 1, 1, 3), sequence(2, 1, 1, 1)
     for one in (big, bigger, small):
         scheduler.add(one)
-    assert scheduler.admit() == [big]
+    assert [scheduler.admit(), scheduler.admit()] == [big, None]
     scheduler.finish(big, FinishReason.CANCELLED)
-    assert scheduler.admit() == [bigger, small]
+    assert [scheduler.admit(), scheduler.admit(), scheduler.admit()] == [bigger, small, None]
+
+
+def test_every_prompt_is_cut_into_chunks() -> None:
+    """Whole chunks and then the rest, for every prompt length; only the last chunk gives a token."""
+    for length in range(1, 200):
+        scheduler = Scheduler(1, CHUNK, Pages(1))
+        scheduler.add(sequence(0, length, 1, 1))
+        scheduler.admit()
+        plans = []
+        while (plan := scheduler.next_plan()) is not None:
+            assert isinstance(plan, PrefillPlan)
+            plans.append(plan)
+        assert [plan.count for plan in plans[:-1]] == [CHUNK] * (len(plans) - 1)
+        assert sum(plan.count for plan in plans) == length and 1 <= plans[-1].count <= CHUNK
+        assert [plan.start for plan in plans] == [CHUNK * i for i in range(len(plans))]
+        assert [plan.emit for plan in plans] == [False] * (len(plans) - 1) + [True]
 
 
 def test_late_tokens_do_not_count() -> None:

@@ -10,7 +10,7 @@ import torch
 from jitgraph.config import DEFAULT_PREFILL_BUCKETS
 from jitgraph.graphs.buffers import Buffers, BufferSizes, Padding
 from jitgraph.graphs.dispatch import Dispatcher, Path, Reason
-from jitgraph.graphs.key import GraphKey, Phase, Sampling, chunk_lengths, precapture_keys, smallest_at_least
+from jitgraph.graphs.key import GraphKey, Phase, Sampling, precapture_keys, smallest_at_least
 from jitgraph.model.spec import ModelSpec, RopeSpec
 from jitgraph.ops.slots import SlotTable
 
@@ -20,15 +20,6 @@ def test_smallest_at_least_for_every_size(sizes: tuple[int, ...]) -> None:
     for size in range(1, 600):
         fitting = [s for s in sizes if s >= size]
         assert smallest_at_least(size, sizes) == (min(fitting) if fitting else None)
-
-
-@pytest.mark.parametrize("largest", [1, 2, 7, 16, 512])
-def test_chunks_cover_every_prompt(largest: int) -> None:
-    for prompt in range(1, 1200):
-        chunks = chunk_lengths(prompt, largest)
-        assert sum(chunks) == prompt
-        assert all(0 < chunk <= largest for chunk in chunks)
-        assert all(chunk == largest for chunk in chunks[:-1])
 
 
 def test_precapture_order_and_limit() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -114,13 +117,115 @@ def test_logprobs(llm: LLM) -> None:
         assert values == sorted(values, reverse=True) and sum(math.exp(v) for v in values) <= 1.0001
 
 
-def test_closing_a_stream_frees_its_place(llm: LLM) -> None:
-    streams = [llm.stream(TEXT, SamplingParams(max_tokens=200)) for _ in range(8)]
-    for stream in streams:
-        next(stream)
-        stream.close()
+def assert_nothing_left(llm: LLM) -> None:
+    llm.generate(TEXT, SamplingParams(max_tokens=1))
     llm._engine.drain()
+    assert not llm._live and not llm._engine._sequences and llm._engine.scheduler.idle
     assert llm.stats()["free_pages"] == llm._engine.pages.total
+
+
+def test_closing_a_stream_frees_its_place(llm: LLM) -> None:
+    """Read or not, closed by hand, by ``with`` or by being dropped: the request ends and leaves nothing behind."""
+    for read in (0, 1, 3):
+        streams = [llm.stream(TEXT, SamplingParams(max_tokens=200)) for _ in range(8)]
+        for stream in streams:
+            for _ in range(read):
+                next(stream)
+            stream.close()
+            stream.close()
+            assert stream.finish_reason is FinishReason.CANCELLED
+            assert len(list(stream)) <= 200, "what had come may still be read, and then it ends"
+        assert_nothing_left(llm)
+        with llm.stream(TEXT, SamplingParams(max_tokens=200)):
+            pass
+        llm.stream(TEXT, SamplingParams(max_tokens=200))
+        gc.collect()
+        assert_nothing_left(llm)
+
+
+def test_an_interrupt_hurts_nobody_else(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while waiting for tokens: the next call goes on where it was. In the middle of a launch: every request
+    ends as cancelled, and the engine serves new ones with the right tokens."""
+
+    def interrupt(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with LLM("tiny", max_model_len=128, prefill_buckets=(16,), device=str(device)) as llm:
+        expected = llm.generate(TEXT, SamplingParams(max_tokens=9))[0].token_ids
+        first, second = (llm.stream(TEXT, SamplingParams(max_tokens=9)) for _ in range(2))
+        tokens = [next(first).token_id for _ in range(3)]
+        with monkeypatch.context() as patch:
+            patch.setattr(llm._engine.runner, "read", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                while True:
+                    tokens.append(next(first).token_id)
+        assert tuple(tokens + [chunk.token_id for chunk in first]) == expected
+        assert tuple(chunk.token_id for chunk in second) == expected
+        first, second = (llm.stream(TEXT, SamplingParams(max_tokens=9)) for _ in range(2))
+        next(first)
+        with monkeypatch.context() as patch:
+            patch.setattr(llm._engine.runner._program, "forward", interrupt)
+            patch.setattr(llm._engine.runner, "_on_stream", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                list(first)
+        assert len(list(second)) < 9 and second.finish_reason is FinishReason.CANCELLED
+        assert_nothing_left(llm)
+        assert llm.generate([TEXT] * 3, SamplingParams(max_tokens=9))[2].token_ids == expected
+
+
+def test_extreme_parameters_stay_with_their_request(llm: LLM) -> None:
+    """The largest figures that are accepted neither break a step nor reach a neighbour."""
+    expected = llm.generate(TEXT, SamplingParams(max_tokens=6))[0].token_ids
+    huge = SamplingParams(max_tokens=2**31 - 1, min_tokens=2**31 - 1, top_k=2**31 - 1, seed=2**64 - 1, temperature=100)
+    greedy = SamplingParams(max_tokens=6)
+    outputs = llm.generate([list(range(5, 200)), TEXT, TEXT], [huge, greedy, greedy])
+    assert len(outputs[0].prompt_token_ids) + len(outputs[0].token_ids) == 256
+    assert outputs[1].token_ids == outputs[2].token_ids == expected
+    for temperature in (1e-45, 1e-39, 1e-6):
+        cold = SamplingParams(max_tokens=6, temperature=temperature, seed=1, logprobs=1)
+        assert llm.generate(TEXT, cold)[0].token_ids == expected
+
+
+@pytest.mark.parametrize("limit", [2, 9, 64, 200])
+def test_warming_up_stays_inside_a_short_context(device: torch.device, limit: int) -> None:
+    """Buckets longer than the context are cut to it: no step writes past the block table or the rotary table."""
+    with LLM("tiny", max_model_len=limit, device=str(device)) as llm:
+        engine = llm._engine
+        assert engine.sizing.buckets[-1] == min(limit - 1, 512)
+        page = engine.cache.data[:, :, 1:].clone()
+        with torch.inference_mode():
+            engine.runner.warm_up(engine.ready.captured, lambda key: None)
+        assert torch.equal(engine.cache.data[:, :, 1:], page), "only the dummy page may change"
+        longest = llm.generate([[5] * (limit - 1)], SamplingParams(max_tokens=5))[0]
+        assert len(longest.token_ids) == 1
+
+
+def test_numpy_and_tensors_are_prompts(llm: LLM) -> None:
+    expected = llm.generate([[3, 4, 5]], SamplingParams(max_tokens=3))[0].token_ids
+    for prompt in (np.array([3, 4, 5]), torch.tensor([3, 4, 5]), [np.int64(3), np.int32(4), 5], (3, 4, 5)):
+        assert llm.generate(prompt, SamplingParams(max_tokens=3))[0].token_ids == expected
+
+
+def test_closing_twice_and_using_it_afterwards(device: torch.device) -> None:
+    llm = LLM("tiny", max_model_len=64, prefill_buckets=(16,), device=str(device))
+    stream = llm.stream(TEXT, SamplingParams(max_tokens=30))
+    next(stream)
+    llm.close()
+    llm.close()
+    assert list(stream) == [] and stream.finish_reason is FinishReason.CANCELLED
+    with pytest.raises(ConfigError, match="has been closed"):
+        llm.generate(TEXT)
+
+
+def test_threads_share_one_engine(llm: LLM) -> None:
+    """Six threads at once, each with its own streams: everybody gets what he gets alone."""
+    params = [SamplingParams(max_tokens=12, temperature=0.8, seed=i) for i in range(6)]
+    alone = [llm.generate(TEXT, one)[0].token_ids for one in params]
+    with ThreadPoolExecutor(6) as pool:
+        work = [pool.submit(lambda one=one: [c.token_id for c in llm.stream(TEXT, one)]) for one in params * 3]
+        found = [tuple(future.result(timeout=120)) for future in work]
+    assert found == alone * 3
+    assert_nothing_left(llm)
 
 
 def test_streams_can_be_read_in_turns(llm: LLM) -> None:
@@ -160,6 +265,12 @@ def test_stats_prove_the_path(llm: LLM) -> None:
         ([[-1]], "token id -1 is not in the vocabulary"),
         ([[3] * 256], "the prompt has 256 tokens but the context holds 256"),
         ([["a", "b"]], "whole numbers"),
+        ("", "the prompt is empty"),
+        (None, "a prompt must be a text or a list of token ids, not NoneType"),
+        ({"a": 1}, "a prompt must be a text or a list of token ids, not dict"),
+        (b"abc", "a prompt must be a text or a list of token ids, not bytes"),
+        ([3, 4.5], "whole numbers"),
+        ([[True]], "whole numbers"),
     ],
 )
 def test_bad_prompts(llm: LLM, prompt: Any, said: str) -> None:
@@ -184,6 +295,10 @@ def test_bad_prompts(llm: LLM, prompt: Any, said: str) -> None:
         ({"stop_token_ids": (-4,)}, "each stop token id"),
         ({"stop_token_ids": tuple(range(40))}, "at most 32 stop token ids"),
         ({"logprobs": 21}, "logprobs must be between 0 and 20"),
+        ({"stop": None}, "stop must be a list, not None"),
+        ({"stop_token_ids": None}, "stop_token_ids must be a list, not None"),
+        ({"ignore_eos": "no"}, "ignore_eos must be true or false"),
+        ({"max_tokens": 2**40}, "below 2\\*\\*31"),
     ],
 )
 def test_bad_sampling(values: dict[str, Any], said: str) -> None:
@@ -215,6 +330,11 @@ def test_stop_token_out_of_the_vocabulary(llm: LLM) -> None:
         ({"page_size": 20}, ConfigError, "page_size must be"),
         ({"dtype": "float8"}, ConfigError, "dtype must be one of"),
         ({"ops": "magic"}, ConfigError, "ops must be one of"),
+        ({"max_streams": 2.5}, ConfigError, "max_streams must be a whole number"),
+        ({"max_model_len": 64.0}, ConfigError, "max_model_len must be a whole number"),
+        ({"prefill_buckets": 8}, ConfigError, "prefill_buckets must be a list of whole numbers"),
+        ({"graphs": "yes"}, ConfigError, "graphs must be true or false"),
+        ({"max_model_len": 64, "precapture_lengths": (64,)}, ConfigError, "prompts end at 63 tokens"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], error: type[JitgraphError], said: str) -> None:

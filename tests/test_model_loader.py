@@ -312,3 +312,24 @@ def test_cuda_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_device("cuda:1") == torch.device("cuda", 1)
     with pytest.raises(DeviceError, match="cuda:0 to cuda:1"):
         resolve_device("cuda:2")
+
+
+def test_a_tied_head_that_is_another_matrix_contradicts_the_config(tmp_path: Path) -> None:
+    save(tmp_path, tie_word_embeddings=True)
+
+    def add_head(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+
+    edit_tensors(tmp_path, add_head)
+    with pytest.raises(CheckpointError, match=r"ties lm_head\.weight .* set tie_word_embeddings to false"):
+        load_model(str(tmp_path), device="cpu")
+    edit_json(tmp_path / "config.json", tie_word_embeddings=False)
+    assert load_model(str(tmp_path), device="cpu").weights.lm_head is not None
+
+
+@pytest.mark.parametrize(("ids", "said"), [([0, 61], "61 is not in the vocabulary of 61"), (list(range(40)), "40 ids")])
+def test_eos_ids_that_cannot_be(ids: list[int], said: str, tmp_path: Path) -> None:
+    save(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(CheckpointError, match=said):
+        load_model(str(tmp_path), device="cpu")

@@ -18,7 +18,7 @@ import torch
 from jitgraph.bench.floors import ceiling_flags
 from jitgraph.bench.plan import INTERACTIVE, LINEARS, PAUSE_S, Plan
 from jitgraph.bench.records import BlockKey, RawWriter
-from jitgraph.graphs.capture import capture_callable
+from jitgraph.graphs.capture import CapturedGraph, capture_callable
 from jitgraph.model.device import torch_dtype
 from jitgraph.model.spec import ModelSpec
 
@@ -124,13 +124,23 @@ def measure_linears(plan: Plan, spec: ModelSpec, writer: RawWriter, progress: Ca
             for iteration in range(LINEARS_ITERATIONS):
                 if pacing == INTERACTIVE:
                     time.sleep(PAUSE_S)
-                start = time.perf_counter()
-                graph.replay()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                writer.sample(key, iteration, (time.perf_counter() - start) * 1e3, time.time())
+                writer.sample(key, iteration, _replay_ms(graph, device), time.time())
             writer.flush()
         progress()
+
+
+def _replay_ms(graph: CapturedGraph, device: torch.device) -> float:
+    """Milliseconds of one replay: on CUDA on the device's own clock, so that no launch or wait of the host is in it."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        graph.replay()
+        return (time.perf_counter() - start) * 1e3
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end))
 
 
 def _linear_weights(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:

@@ -22,7 +22,7 @@ from jitgraph.errors import CapacityError, ConfigError, RequestError
 from jitgraph.graphs.buffers import Buffers, BufferSizes
 from jitgraph.graphs.capture import Capturer
 from jitgraph.graphs.dispatch import Dispatcher
-from jitgraph.graphs.key import GraphKey, precapture_keys
+from jitgraph.graphs.key import GraphKey, Phase, Sampling, precapture_keys
 from jitgraph.graphs.step import StepProgram
 from jitgraph.jit.monitor import MONITOR
 from jitgraph.model.cache import KVCache, PageAllocator
@@ -45,8 +45,10 @@ class ReadyReport:
     phases_ms: dict[str, float]
     captured: tuple[GraphKey, ...]
     left_out: tuple[GraphKey, ...]
+    pool_bytes: int
+    """Growth of the allocator's reserve while the first and largest graph was captured: the shared pool."""
     reserved_growth_bytes: int
-    """Growth of the allocator's reserve from the first (largest) captured graph to the last."""
+    """Growth of the allocator's reserve while all the others were captured."""
 
 
 class Engine:
@@ -93,6 +95,7 @@ class Engine:
         self.scheduler = Scheduler(config.max_streams, self.sizing.chunk_tokens, self.pages)
         self._sequences: dict[int, Sequence] = {}
         self._flights: deque[InFlight] = deque()
+        self._news: list[TokenChunk] = []
         self.compiles_after_ready = 0
         """Kernel specialisations compiled by a step; each one was a pause for somebody."""
         self.ready = self._get_ready((time.perf_counter() - started) * 1e3)
@@ -104,17 +107,20 @@ class Engine:
         phases = {"allocate": allocate_ms}
         keys, left_out = precapture_keys(
             config.max_streams,
-            config.prefill_buckets,
+            self.sizing.buckets,
             config.precapture_lengths,
             config.fused_sampling,
             config.max_graphs if config.graphs else 0,
         )
         with torch.inference_mode():
             if self._stream is not None:
-                everything = keys + (left_out if not config.graphs else [])
+                # Weights, cache and buffers were filled on the caller's stream; the engine's own must not overtake it.
+                self._stream.wait_stream(torch.cuda.current_stream(self.device))
+                everything = list(dict.fromkeys(keys + left_out + self._eager_classes()))
                 phases["warm up"] = self._timed("warm up", everything, self.runner.warm_up)
                 self._stream.synchronize()
             # The largest graph first: what a library wants from the shared pool it gets then, and the rest reuse it.
+            before = torch.cuda.memory_reserved(self.device) if self._stream is not None else 0
             largest_first = sorted(keys, key=lambda key: key.tokens, reverse=True)
             reserved: list[int] = []
 
@@ -125,9 +131,15 @@ class Engine:
                     report(key)
 
             phases["capture"] = self._timed("capture", largest_first, capture)
-            growth = reserved[-1] - reserved[0] if reserved else 0
-        self.dispatcher.reset()
-        return ReadyReport(phases, tuple(keys), tuple(left_out) if config.graphs else (), growth)
+            growth = (reserved[0] - before, reserved[-1] - reserved[0]) if reserved else (0, 0)
+        self.reset_counters()
+        return ReadyReport(phases, tuple(keys), tuple(left_out) if config.graphs else (), *growth)
+
+    def _eager_classes(self) -> list[GraphKey]:
+        """Prompt sizes that stand for all others: kernels are specialised for T = 1, multiples of 16, and the rest."""
+        kinds = [Sampling.GREEDY, Sampling.FULL] if self.config.fused_sampling else [Sampling.OUTSIDE]
+        sizes = [size for size in (1, 5, 17) if size <= self.sizing.chunk_tokens]
+        return [GraphKey(Phase.PREFILL, size, kind) for kind in kinds for size in sizes]
 
     def _timed(
         self, phase: str, keys: list[GraphKey], work: Callable[[list[GraphKey], Callable[[GraphKey], None]], None]
@@ -191,6 +203,10 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queues a request; its tokens come out of ``step``. Raises as ``validate`` does."""
         self.validate(request)
+        self.enqueue(request)
+
+    def enqueue(self, request: Request) -> None:
+        """Queues a request that ``validate`` has passed."""
         assert request.request_id not in self._sequences, "request ids must not repeat while in use"
         max_length = self._max_length(request)
         sequence = Sequence(request, max_length, self._stop_ids(request), self.sizing.pages_for(max_length))
@@ -206,32 +222,46 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether ``step`` has anything to do."""
-        return bool(self._flights) or not self.scheduler.idle
+        return bool(self._flights) or bool(self._news) or not self.scheduler.idle
 
     def step(self) -> list[TokenChunk]:
-        """Admits, launches (one step ahead where that is free), reads the oldest step and returns its tokens."""
+        """Admits, launches (one step ahead where that is free), reads the oldest step and returns its tokens.
+
+        An interrupt while it waits for tokens changes nothing: the next call goes on. One in the middle of a launch
+        ends all requests as cancelled (the next call says so) and leaves the engine ready for new ones.
+        """
         with torch.inference_mode():
-            before = MONITOR.count
-            self._launch()
-            self.compiles_after_ready += MONITOR.count - before
-            if not self._flights:
-                return []
-            flight = self._flights.popleft()
-            return self._record(flight)
+            try:
+                self._launch()
+            except BaseException:
+                self._recover()
+                raise
+            news, self._news = self._news, []
+            if news or not self._flights:
+                return news
+            tokens, now = self.runner.read(self._flights[0])
+            return self._record(self._flights.popleft(), tokens, now)
 
     def _launch(self) -> None:
-        for sequence in self.scheduler.admit():
+        before = MONITOR.count
+        while (sequence := self.scheduler.admit()) is not None:
             seed = sequence.request.params.seed
             self.runner.admit(sequence, secrets.randbits(64) if seed is None else seed)
         depth = 2 if self.runner.can_run_ahead() else 1
-        while len(self._flights) < depth:
-            plan = self.scheduler.next_plan()
-            if plan is None:
-                return
+        while len(self._flights) < depth and (plan := self.scheduler.next_plan()) is not None:
             self._flights.append(self.runner.launch(plan))
+        self.compiles_after_ready += MONITOR.count - before
 
-    def _record(self, flight: InFlight) -> list[TokenChunk]:
-        tokens, now = self.runner.read(flight)
+    def _recover(self) -> None:
+        """After a launch that did not complete: ends every request and brings host and device back in step."""
+        self._flights.clear()
+        now = time.perf_counter_ns()
+        for identity in list(self._sequences):
+            self.cancel(identity)
+            self._news.append(TokenChunk(identity, None, now, finish_reason=FinishReason.CANCELLED))
+        self.runner.resynchronise()
+
+    def _record(self, flight: InFlight, tokens: list[int], now: int) -> list[TokenChunk]:
         plan = flight.plan
         sequences = plan.sequences if isinstance(plan, DecodePlan) else (plan.sequence,) * plan.emit
         chunks = []
@@ -254,7 +284,8 @@ class Engine:
     def drain(self) -> None:
         """Reads and drops every step in flight; call it when idle, before measuring memory or closing."""
         while self._flights:
-            self._record(self._flights.popleft())
+            self._record(self._flights[0], *self.runner.read(self._flights[0]))
+            self._flights.popleft()
 
     # ------------------------------------------------------------------------------------------------------- report
 
@@ -262,6 +293,12 @@ class Engine:
     def emulated(self) -> bool:
         """Whether graphs are the CPU's emulation and kernels plain PyTorch."""
         return self.device.type != "cuda"
+
+    def reset_counters(self) -> None:
+        """Counts steps, paths and compiles from here on."""
+        self.dispatcher.reset()
+        self.runner.steps = 0
+        self.compiles_after_ready = 0
 
     @property
     def captures(self) -> int:

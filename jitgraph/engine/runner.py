@@ -147,8 +147,6 @@ class Runner:
         program = self._program
         if graph is not None:
             graph.replay()
-        elif key.sampling is Sampling.OUTSIDE:
-            program.forward(key)
         else:
             program.captured_part(key)()
         if key.sampling is Sampling.OUTSIDE:
@@ -188,6 +186,16 @@ class Runner:
 
     def _on_stream(self) -> AbstractContextManager[object]:
         return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def resynchronise(self) -> None:
+        """Waits for the device and takes over its step counter, after a launch that did not complete."""
+        if self._stream is not None:
+            try:
+                self._stream.synchronize()
+            except RuntimeError as error:
+                raise DeviceError(f"the GPU failed, a new engine is needed: {error}") from error
+        self._program.host_step = int(self._buffers["counter"])
+        self._rows = ()
 
     # -------------------------------------------------------------------------------------------------------- read
 

@@ -87,18 +87,18 @@ class Scheduler:
         """Queues a sequence; first come, first served."""
         self.waiting.append(sequence)
 
-    def admit(self) -> list[Sequence]:
-        """Moves waiting sequences into free slots while their pages are there; returns those admitted."""
-        admitted = []
-        while self.waiting and self._free_slots:
-            pages = self._pages.take(self.waiting[0].pages_needed)
-            if pages is None:
-                break
-            sequence = self.waiting.popleft()
-            sequence.pages, sequence.slot = pages, self._free_slots.pop()
-            self.running.append(sequence)
-            admitted.append(sequence)
-        return admitted
+    def admit(self) -> Sequence | None:
+        """Moves the oldest waiting sequence into a free slot; None where there is none, or no slot, or not its
+        pages."""
+        if not self.waiting or not self._free_slots:
+            return None
+        pages = self._pages.take(self.waiting[0].pages_needed)
+        if pages is None:
+            return None
+        sequence = self.waiting.popleft()
+        sequence.pages, sequence.slot = pages, self._free_slots.pop()
+        self.running.append(sequence)
+        return sequence
 
     def next_plan(self) -> Plan | None:
         """The next step to launch, counted as launched; None where there is nothing to do yet."""

@@ -21,10 +21,15 @@ class Sizing:
     pages: int
     """Pages of the cache, the dummy page included."""
     page_bytes: int
-    chunk_tokens: int
-    """Largest prompt bucket: longer prompts run in chunks of it."""
+    buckets: tuple[int, ...]
+    """Prompt buckets that the context can fill, ascending; the last is the chunk of longer prompts."""
     arena_tokens: int
     """Most tokens of one step."""
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Most prompt tokens of one step."""
+        return self.buckets[-1]
 
     def pages_for(self, tokens: int) -> int:
         """Pages of a sequence that ends at ``tokens``; its last token is never fed, so never cached."""
@@ -35,7 +40,7 @@ def resolve_sizing(config: EngineConfig, spec: ModelSpec, element_bytes: int) ->
     """Figures for a config and a model.
 
     Raises:
-        ConfigError: ``max_model_len`` over the model's limit.
+        ConfigError: ``max_model_len`` over the model's limit, or an exact length over the context.
         CapacityError: a KV budget that cannot hold two pages, with the figures that would do.
     """
     limit = spec.max_position_embeddings
@@ -56,13 +61,19 @@ def resolve_sizing(config: EngineConfig, spec: ModelSpec, element_bytes: int) ->
                 f"and take {2 * page_bytes} bytes; one sequence of {max_model_len} tokens takes "
                 f"{(pages_per_slot + 1) * page_bytes} bytes"
             )
-    chunk = config.prefill_buckets[-1]
+    longest = max_model_len - 1  # a prompt must leave room for one new token
+    too_long = [n for n in config.precapture_lengths if n > longest]
+    if too_long:
+        raise ConfigError(
+            f"precapture_lengths has {too_long[0]} but prompts end at {longest} tokens: raise max_model_len"
+        )
+    buckets = tuple(dict.fromkeys(min(bucket, longest) for bucket in config.prefill_buckets))
     return Sizing(
         max_model_len=max_model_len,
         page_size=config.page_size,
         pages_per_slot=pages_per_slot,
         pages=pages,
         page_bytes=page_bytes,
-        chunk_tokens=chunk,
-        arena_tokens=max(chunk, config.max_streams),
+        buckets=buckets,
+        arena_tokens=max(buckets[-1], config.max_streams),
     )

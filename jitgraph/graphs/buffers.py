@@ -20,9 +20,9 @@ from jitgraph.types import MAX_LOGPROBS
 
 RING_DEPTH = 64
 """Steps whose records the token ring holds; far more than are ever in flight."""
-STAGING_DEPTH = 8
-"""Pinned copies of each host input. A copy may still be read while its step is in flight, so there are more of them
-than steps in flight (the engine keeps at most two)."""
+STAGING_DEPTH = 32
+"""Pinned copies of each host input. A copy may still be read while its step is in flight: at most two steps are, and
+each may admit 8 sequences, so 3 x 8 are enough."""
 HEADER = 4
 """int32 words before the ids of a staged prompt chunk: slot, start, n, emit."""
 
@@ -154,10 +154,6 @@ class Buffers:
         for d in self.declared:
             if d.padding in (Padding.WRITTEN, Padding.PREPARED):
                 self[d.name].fill_(float("nan") if d.dtype.is_floating_point else -(2**30))
-
-    def describe(self) -> dict[str, int]:
-        """Bytes of each buffer."""
-        return {d.name: d.nbytes for d in self.declared}
 
 
 def _layout(declared: list[Declared]) -> tuple[list[int], int]:

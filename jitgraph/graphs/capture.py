@@ -7,6 +7,7 @@ re-runs the callable on its static buffers: same interface, same store, no claim
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ class CapturedGraph(Protocol):
     emulated: bool
 
     def replay(self) -> None:
-        """Enqueues the work on the stream it was made for; takes no arguments, returns before it is done."""
+        """Enqueues the work on the current stream; takes no arguments, returns before it is done."""
 
 
 class EmulatedGraph:
@@ -41,19 +42,20 @@ class CudaGraph:
     emulated = False
 
     def __init__(self, work: Callable[[], None], stream: torch.cuda.Stream, pool: Any) -> None:
-        self._stream = stream
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream):
             self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 work()
-            finally:
-                self._graph.capture_end()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # the capture is lost; what broke it is the better message
+                    self._graph.capture_end()
+                raise
+            self._graph.capture_end()
 
     def replay(self) -> None:
-        """Launches the graph on its stream."""
-        with torch.cuda.stream(self._stream):
-            self._graph.replay()
+        """Launches the graph on the current stream."""
+        self._graph.replay()
 
 
 class Capturer:
@@ -74,7 +76,7 @@ class Capturer:
 
 
 def capture_callable(work: Callable[[], None], device: torch.device) -> CapturedGraph:
-    """A graph of any warmed-up callable on a stream of its own (for measurements outside the engine)."""
+    """A graph of any callable, captured on a stream of its own after one run there (for measurements)."""
     if device.type != "cuda":
         return EmulatedGraph(work)
     stream = torch.cuda.Stream(device)

@@ -53,13 +53,6 @@ def smallest_at_least(size: int, sizes: Sequence[int]) -> int | None:
     return None
 
 
-def chunk_lengths(prompt_tokens: int, largest: int) -> list[int]:
-    """How a prompt is cut: whole chunks of the largest bucket, then the rest (never empty)."""
-    assert prompt_tokens >= 1 and largest >= 1
-    whole, rest = divmod(prompt_tokens, largest)
-    return [largest] * whole + ([rest] if rest else [])
-
-
 def precapture_keys(
     max_streams: int, buckets: Iterable[int], exact: Iterable[int], fused: bool, limit: int
 ) -> tuple[list[GraphKey], list[GraphKey]]:

@@ -61,11 +61,6 @@ class KVCache:
                 "lower max_model_len, max_streams or kv_cache_memory"
             ) from error
 
-    @property
-    def page_size(self) -> int:
-        """Tokens in a page."""
-        return int(self.data.shape[3])
-
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Key and value pages of one layer, each ``[N, G, Hkv, Dh]``."""
         return self.data[index, 0], self.data[index, 1]

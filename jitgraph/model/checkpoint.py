@@ -80,6 +80,8 @@ class Checkpoint:
         Raises:
             CheckpointError: a file that became unreadable since its header was read.
         """
+        if spec.tie_embeddings and "lm_head.weight" in self.stored:
+            self._check_tied()
         wanted: dict[Path, list[str]] = {}
         for name in hf_shapes(spec):
             wanted.setdefault(self.stored[name].file, []).append(name)
@@ -91,6 +93,22 @@ class Checkpoint:
                     except (SafetensorError, OSError) as error:
                         raise _broken(path, error) from error
                     yield name, tensor
+
+    def _check_tied(self) -> None:
+        """A stored LM head must be the embedding that the config ties it to.
+
+        Raises:
+            CheckpointError: it is another matrix, so config and weights contradict each other.
+        """
+        pair = []
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            with _opened(self.stored[name].file) as file:
+                pair.append(file.get_tensor(name))
+        if not torch.equal(*pair):
+            raise CheckpointError(
+                f"config.json in {self.folder} ties lm_head.weight to the embedding (tie_word_embeddings) but the file "
+                "holds another matrix: set tie_word_embeddings to false, or use files that belong together"
+            )
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

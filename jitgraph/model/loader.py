@@ -26,6 +26,7 @@ from jitgraph.model.presets import PRESETS, RANDOM_BY_NATURE, preset_config
 from jitgraph.model.random_weights import iter_random_tensors
 from jitgraph.model.spec import ModelSpec
 from jitgraph.model.weights import ModelWeights
+from jitgraph.types import MAX_STOP_TOKEN_IDS
 
 WEIGHTS = ("checkpoint", "random")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
@@ -137,6 +138,20 @@ def find_model(model: str, *, weights: str = "checkpoint") -> ModelSource:
     return source if weights == "random" else _read_folder(model, download(model, weights=True))
 
 
+def _check_eos(spec: ModelSpec, folder: Path) -> None:
+    wrong = [token for token in spec.eos_token_ids if token >= spec.vocab_size]
+    if wrong:
+        raise CheckpointError(
+            f"{folder}: eos_token_id {wrong[0]} is not in the vocabulary of {spec.vocab_size} entries; "
+            "correct config.json or generation_config.json"
+        )
+    if len(spec.eos_token_ids) > MAX_STOP_TOKEN_IDS:
+        raise CheckpointError(
+            f"{folder}: eos_token_id lists {len(spec.eos_token_ids)} ids, more than the {MAX_STOP_TOKEN_IDS} possible; "
+            "shorten the list in generation_config.json"
+        )
+
+
 def _read_folder(name: str, folder: Path) -> ModelSource:
     path = folder / "config.json"
     config = read_json(path, "name a Hugging Face checkpoint folder, the one that holds config.json")
@@ -144,4 +159,5 @@ def _read_folder(name: str, folder: Path) -> ModelSource:
     generation_config = read_json(generation, "") if generation.exists() else {}
     spec = spec_from_config(config, str(path))
     spec = dataclasses.replace(spec, eos_token_ids=eos_ids(spec, generation_config, str(generation)))
+    _check_eos(spec, folder)
     return ModelSource(name, folder, config, generation_config, spec)

@@ -103,14 +103,14 @@ def encode_row(
     ints = out.numpy()
     floats = out.view(torch.float32).numpy()
     ints[PROMPT_LENGTH] = prompt_length
-    ints[MIN_LENGTH] = prompt_length + params.min_tokens
+    ints[MIN_LENGTH] = min(prompt_length + params.min_tokens, max_length)
     ints[MAX_LENGTH] = max_length
     ints[TOP_K] = params.top_k
     ints[NUM_LOGPROBS] = -1 if params.logprobs is None else params.logprobs
     ints[SEED_LO] = _signed(seed & 0xFFFFFFFF)
     ints[SEED_HI] = _signed(seed >> 32)
     ints[NUM_STOP] = len(stop_ids)
-    floats[TEMPERATURE] = params.temperature
+    floats[TEMPERATURE] = 0.0 if params.coldest else params.temperature
     floats[TOP_P] = params.top_p
     floats[MIN_P] = params.min_p
     ints[STOP_IDS : STOP_IDS + len(stop_ids)] = stop_ids
