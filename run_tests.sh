@@ -30,7 +30,7 @@ parallel = importlib.util.find_spec("xdist") and (os.cpu_count() or 1) >= 2 and 
 print(2 if parallel else 0)
 PYTHON
 )"
-options=(--durations=10)
+options=(--durations=10 -rs)
 if [[ "$workers" != 0 ]]; then
     options+=(-n "$workers")
 fi

@@ -20,7 +20,7 @@ from jitgraph import __version__
 from jitgraph.bench.cli import bench, report
 from jitgraph.cli_progress import progress_reporter
 from jitgraph.errors import ConfigError, JitgraphError, RequestError
-from jitgraph.types import RequestOutput, SamplingParams
+from jitgraph.types import FinishReason, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
     from jitgraph.llm import LLM
@@ -120,7 +120,7 @@ def chat(
     top_p: TopP = None,
     seed: Seed = None,
 ) -> None:
-    """Talk with a model; an empty line or Ctrl-D ends it."""
+    """Talk with a model; an empty line or Ctrl-D ends it, Ctrl-C ends an answer."""
     overrides = _given({"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed})
     settings = {"device": device, "dtype": dtype, "max_model_len": max_model_len, "kv_cache_memory": kv_cache_memory}
     SamplingParams(**overrides)
@@ -135,8 +135,12 @@ def chat(
             if not said:
                 return
             messages.append({"role": "user", "content": said})
-            ids = tokenizer.encode_chat(messages)
-            messages.append({"role": "assistant", "content": _stream(llm, ids, params)})
+            try:
+                answer = _stream(llm, tokenizer.encode_chat(messages), params, interruptible=True)
+                messages.append({"role": "assistant", "content": answer})
+            except RequestError as error:  # a conversation that outgrew the context, most likely
+                _note(f"not answered: {error} (--max-model-len); the last message is dropped")
+                messages.pop()
 
 
 @app.command()
@@ -234,22 +238,34 @@ def _prompt(prompt: str | None, token_ids: str | None) -> str | list[int]:
     return prompt
 
 
-def _stream(llm: LLM, prompt: str | list[int], params: SamplingParams) -> str:
-    """Prints a stream as it comes, then a line of timings; returns the text."""
+def _stream(llm: LLM, prompt: str | list[int], params: SamplingParams, interruptible: bool = False) -> str:
+    """Prints a stream as it comes, then a line of timings; returns the text. ``interruptible``: Ctrl-C ends it
+    alone."""
     import time
 
     started = time.perf_counter_ns()
     parts, times = [], []
-    for chunk in llm.stream(prompt, params):
-        times.append(chunk.time_ns)
-        parts.append(chunk.text)
-        sys.stdout.write(chunk.text)
-        sys.stdout.flush()
+    with llm.stream(prompt, params) as stream:
+        try:
+            for chunk in stream:
+                times.append(chunk.time_ns)
+                parts.append(chunk.text)
+                sys.stdout.write(chunk.text)
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            if not interruptible:
+                raise
     sys.stdout.write("\n")
+    if not times:
+        _note("stopped before the first token")
+        return ""
     ttft = (times[0] - started) / 1e6
     rate = (len(times) - 1) / ((times[-1] - times[0]) / 1e9) if len(times) > 1 else 0.0
     emulated = ", emulated graphs" if llm.describe()["emulated"] else ""
-    _note(f"{len(times)} tokens, TTFT {ttft:.1f} ms, {rate:.0f} tokens/s after the first ({llm.device}{emulated})")
+    ended = {"stop": "ended by itself", "length": "max_tokens or the context reached", "cancelled": "stopped"}
+    reason = ended[(stream.finish_reason or FinishReason.CANCELLED).value]
+    speed = f"TTFT {ttft:.1f} ms, {rate:.0f} tokens/s after the first"
+    _note(f"{len(times)} tokens, {reason}; {speed} ({llm.device}{emulated})")
     return "".join(parts)
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 GROUPS = {"bench": ("dependencies", "bench"), "dev": ("dependencies", "bench", "dev")}
-# The scripts do without these: no plots, tests one after the other, checks left out (run_tests.sh says so).
-OPTIONAL = {"matplotlib", "pytest-xdist", "ruff", "mypy", "pre-commit"}
+# The scripts do without these: tests one after the other, checks left out (run_tests.sh says so).
+OPTIONAL = {"pytest-xdist", "ruff", "mypy", "pre-commit"}
 
 
 def requirements(text, group):

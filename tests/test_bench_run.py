@@ -90,11 +90,11 @@ def test_final_table_names_the_winner_and_leaves_cells_empty(tmp_path: Path) -> 
     lines = read_csv(folder / "final_ttft_table.csv")
     assert [line["Prompt tokens"] for line in lines] == ["10", "100", "AVERAGE"] * 2
     assert [line["Pacing"] for line in lines] == ["interactive"] * 3 + ["sustained"] * 3
-    assert {line["Winner"] for line in lines} == {"JIT + CUDA graph"}
+    assert {line["Winner"] for line in lines} == {"JIT + CUDA graph (emulated)"}
     assert all(line["TensorRT-LLM"] == "" for line in lines)
-    assert lines[0]["HF baseline"].startswith("20.0") and " ± " in lines[0]["HF baseline"]
+    assert lines[0]["HF baseline (emulated)"].startswith("20.0") and " ± " in lines[0]["HF baseline (emulated)"]
     text = (folder / "final_ttft_table.md").read_text(encoding="utf-8")
-    assert "**JIT + CUDA graph** |" in text and "**AVERAGE**" in text and "(emulated)" in text
+    assert "**JIT + CUDA graph (emulated)** |" in text and "**AVERAGE**" in text and "(emulated)" in text
     assert "TensorRT-LLM: not installed: run the script." in text
     assert text.index("interactive pacing") < text.index("sustained pacing")
     case5 = read_csv(folder / "case5_tensorrt_llm_p99.csv")
@@ -106,7 +106,7 @@ def test_average_row_is_the_mean_of_its_column(tmp_path: Path) -> None:
     run(folder, fast_and_slow(), pacing="interactive")
     lines = read_csv(folder / "final_p99_table.csv")
     rows = cell_rows(folder, case="jit", protocol="p99", metric="ttft_ms")
-    assert float(lines[-1]["JIT"]) == pytest.approx(sum(row["p99"] for row in rows) / 2, abs=0.006)
+    assert float(lines[-1]["JIT (emulated)"]) == pytest.approx(sum(row["p99"] for row in rows) / 2, abs=0.006)
 
 
 def test_tables_come_from_the_raw_samples_alone(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_tables_come_from_the_raw_samples_alone(tmp_path: Path) -> None:
             line["value_ms"] = 99.0
     samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
     recompute(folder, Console(quiet=True))
-    assert read_csv(folder / "final_ttft_table.csv")[0]["JIT + CUDA graph"] == "99.00 ± 0.00"
+    assert read_csv(folder / "final_ttft_table.csv")[0]["JIT + CUDA graph (emulated)"] == "99.00 ± 0.00"
 
 
 def test_a_case_with_wrong_tokens_gets_no_times(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_case_with_wrong_tokens_gets_no_times(tmp_path: Path) -> None:
     assert code == 1 and "correctness gate failed, no times given" in shown
     assert cell_rows(folder, case="jit") == [] and cell_rows(folder, case="hybrid")
     assert summary(folder)["cases"]["jit"]["status"] == jobs.GATE_FAILED
-    assert {line["Winner"] for line in read_csv(folder / "final_ttft_table.csv")} == {"JIT + CUDA graph"}
+    assert {line["Winner"] for line in read_csv(folder / "final_ttft_table.csv")} == {"JIT + CUDA graph (emulated)"}
 
 
 def test_without_a_reference_nothing_is_timed_unless_asked(tmp_path: Path) -> None:
@@ -191,7 +191,55 @@ def test_interrupted_run_keeps_what_was_measured(tmp_path: Path) -> None:
     assert rows[1]["paths"]["exact"] == 2 and all("interrupted" in row["notes"] for row in rows)
     assert "JIT: interrupted" in (folder / "final_ttft_table.md").read_text(encoding="utf-8")
     jit = read_csv(folder / "final_ttft_table.csv")
-    assert jit[-1]["JIT"] != "" and read_csv(folder / "final_p99_table.csv")[-1]["JIT"] == ""
+    assert jit[-1]["JIT (emulated)"] != "" and read_csv(folder / "final_p99_table.csv")[-1]["JIT (emulated)"] == ""
+
+
+def test_earlier_results_are_put_aside_and_complete_rows_kept(tmp_path: Path) -> None:
+    """A new run of everything moves the old one whole; a run of one case that is cut short leaves the complete rows."""
+    folder = tmp_path / "out"
+    run(folder, fast_and_slow(), pacing="interactive")
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    launcher = fast_and_slow()
+    launcher.cases["baseline"] = FakeCase(12.0, stop_after=4)
+    code, shown = run(folder, launcher, pacing="interactive")
+    assert code == 130 and "The earlier results are in" in shown
+    assert {path.name: path.read_bytes() for path in (folder / "earlier-1").iterdir() if path.is_file()} == before
+    recompute(folder / "earlier-1", Console(quiet=True))
+    assert summary(folder / "earlier-1")["rows"] and not cell_rows(folder, case="hybrid")
+
+    other = tmp_path / "other"
+    run(other, fast_and_slow(), pacing="interactive")
+    rows = cell_rows(other, case="jit")
+    launcher = fast_and_slow()
+    launcher.cases["jit"] = FakeCase(1.0, stop_after=6)
+    code, _ = run(other, launcher, cases=("jit",), pacing="interactive")
+    assert code == 130 and cell_rows(other, case="jit") == rows
+    code, shown = run(other, fast_and_slow(), cases=("jit",), pacing="interactive", max_minutes=1e-9)
+    assert cell_rows(other, case="jit") == rows and "complete rows of an earlier run are kept" in shown
+    launcher.cases["jit"] = FakeCase(1.0, token_id=8)
+    run(other, launcher, cases=("jit",), pacing="interactive")
+    assert cell_rows(other, case="jit") == [], "a case that fails its gate has no times, old ones neither"
+
+
+def test_disturbed_cells_are_remarked_on(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    run(folder, fast_and_slow(), pacing="interactive")
+    assert "times the median" not in (folder / "final_p99_table.md").read_text(encoding="utf-8")
+    samples = folder / "raw" / "hybrid.jsonl"
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    late = [
+        line for line in lines if line.get("protocol") == "p99" and line["metric"] == "ttft_ms" and "value_ms" in line
+    ]
+    late[0]["value_ms"] = 900.0
+    samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recompute(folder, Console(quiet=True))
+    told = (folder / "final_p99_table.md").read_text(encoding="utf-8")
+    assert "P99 is over 3 times the median at 10 tokens" in told
+
+
+def test_nothing_measured_is_a_failure(tmp_path: Path) -> None:
+    code, shown = run(tmp_path / "out", fast_and_slow(), cases=("tensorrt-llm",), pacing="interactive")
+    assert code == 1 and "not installed" in shown
 
 
 def test_time_limit_stops_between_rows(tmp_path: Path) -> None:

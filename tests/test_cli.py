@@ -38,7 +38,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 def test_generate_streams_text(run: Run) -> None:
     code, out, err = run("generate", "tiny", "--prompt", "The train", "--max-tokens", "5", *QUICK)
     assert code == 0 and out.endswith("\n")
-    assert "5 tokens, TTFT" in err and "emulated graphs" in err
+    assert "5 tokens, max_tokens" in err and "emulated graphs" in err
 
 
 def test_generate_json_and_seed(run: Run) -> None:
@@ -59,7 +59,7 @@ def test_generate_reads_standard_input(run: Run) -> None:
 def test_chat_keeps_the_conversation(run: Run) -> None:
     code, out, err = run("chat", "tiny", "--max-tokens", "4", "--device", "cpu", given="Hello\nAnd then?\n\n")
     assert code == 0 and out.count("> ") == 3
-    assert err.count("4 tokens, TTFT") == 2
+    assert err.count("4 tokens, max_tokens") == 2
 
 
 def test_export_and_use(run: Run, tmp_path: Path) -> None:

@@ -130,6 +130,12 @@ def reference(model: Any, ids: tuple[int, ...]) -> tuple[torch.Tensor, list[int]
     return logits, made[0, len(ids) :].tolist()
 
 
+def assert_close(engine: Engine, logits: torch.Tensor, where: str) -> None:
+    """The engine's last logits ``[V]`` are those of transformers."""
+    difference = (engine.buffers["logits"][0].cpu() - logits).abs().max().item()
+    assert difference < 1e-4, f"{where}: logits differ by {difference}"
+
+
 def test_alone_and_in_a_batch(pair: tuple[Any, Path], device: torch.device) -> None:
     """Prompts of 1, 7, 64 and 300 tokens (the last in chunks), alone and as a batch of 4, on fresh and on reused
     pages."""
@@ -140,10 +146,13 @@ def test_alone_and_in_a_batch(pair: tuple[Any, Path], device: torch.device) -> N
         logits, tokens = reference(model, ids)
         expected.append(tokens)
         assert len(run(engine, [ids], tokens=1)[0]) == 1
-        difference = (engine.buffers["logits"][0].cpu() - logits).abs().max().item()
-        assert difference < 1e-4, f"{len(ids)} tokens: logits differ by {difference}"
+        assert_close(engine, logits, f"after the prompt of {len(ids)} tokens")
         poison(engine)
         assert run(engine, [ids]) == [tokens], f"alone, {len(ids)} tokens"
+        with torch.inference_mode():
+            last = model(torch.tensor([[*ids, *tokens[:-1]]])).logits[0, -1]
+        if "dynamic" not in str(model.config.rope_parameters):  # there, one pass rotates all keys for the final length
+            assert_close(engine, last, f"{NEW_TOKENS} tokens after the prompt of {len(ids)}")
     poison(engine)
     assert run(engine, prompts()) == expected, "in a batch of 4"
     assert run(engine, prompts()[::-1]) == expected[::-1], "on reused pages that still hold the last batch"

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from jitgraph.errors import ConfigError
+from jitgraph.errors import CapacityError, ConfigError
 from jitgraph.model import random_weights
 from jitgraph.model.hf_config import spec_from_config
 from jitgraph.model.loader import load_model
@@ -101,3 +101,17 @@ def test_state_dict_is_what_the_loader_packs(tied: bool) -> None:
     if not tied:
         views = hf_views(spec, load_model("tiny", device="cpu", seed=5).weights)
         assert all(torch.equal(views[name], tensor) for name, tensor in state.items())
+
+
+def test_a_model_larger_than_the_memory_is_refused_with_the_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux would grant the memory and kill the process halfway."""
+    from pathlib import Path
+
+    real = Path.read_text
+    fake = "MemTotal: 9 kB\nMemAvailable:    2097152 kB\n"
+    monkeypatch.setattr(
+        Path, "read_text", lambda path, *a, **k: fake if str(path) == "/proc/meminfo" else real(path, *a, **k)
+    )
+    with pytest.raises(CapacityError, match=r"the weights need 25\.\d\d GiB but only 2\.00 GiB of memory are free"):
+        load_model("llama-2-7b", device="cpu", dtype="float32", weights="random")
+    assert load_model("tiny", device="cpu").weights is not None

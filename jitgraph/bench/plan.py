@@ -141,7 +141,7 @@ class Options:
         ascending = list(self.prompt_lengths) == sorted(set(self.prompt_lengths))
         _require(
             ascending and self.prompt_lengths[0] >= 1,
-            "prompt-lengths must be whole numbers from 1 up, ascending, no repeats",
+            f"prompt-lengths must be whole numbers from 1 up, not {self.prompt_lengths[0]}",
         )
         _require(self.ttft_iterations >= 0, "ttft-iterations must be 0 (off) or more")
         _require(self.p99_iterations is None or self.p99_iterations >= 0, "p99-iterations must be 0 (off) or more")

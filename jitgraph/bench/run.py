@@ -24,7 +24,7 @@ from jitgraph.bench.jobs import Job
 from jitgraph.bench.plan import CASES, LINEARS, TITLES, Options, Plan
 from jitgraph.bench.process import Outcome, run_process
 from jitgraph.bench.prompts import digests
-from jitgraph.bench.records import prepare_folder, raw_path, read_blocks, read_json, write_json
+from jitgraph.bench.records import RAW, prepare_folder, raw_path, read_blocks, read_json, write_json
 from jitgraph.bench.show import Board, show_study
 from jitgraph.bench.study import load_study
 from jitgraph.bench.tables import write_tables
@@ -56,6 +56,8 @@ def run_benchmark(options: Options, console: Console, launch: Launch = run_proce
     study = load_study(folder)
     files = write_tables(study, folder)
     show_study(console, study)
+    if code == EXIT_OK and not any(row.key.case in options.cases for row in study.rows):
+        code = EXIT_BROKEN  # asked for figures, got none
     console.print(f"Written to {folder}: {', '.join(file.name for file in files)}", highlight=False, markup=False)
     return code
 
@@ -125,11 +127,10 @@ class Run:
         self.board.end(self._headline())
 
     def _settle_folder(self, study: dict[str, Any]) -> None:
-        """A run of all cases starts the folder anew; a run of some joins what is there, if it is the same study."""
+        """A run of all cases puts earlier results aside; a run of some joins what is there, if it is the same study."""
         known = read_json(raw_path(self.folder, "study.json"))
         if self.options.cases == CASES:
-            for name in (*CASES, LINEARS, "gate", "ceiling", "study"):
-                self._forget(name)
+            put_aside(self.folder, self.board.note)
         elif known is not None:
             other = read_json(self.folder / "environment.json") or {}
             why = differences(other, self.environment) + _study_differences(known, study)
@@ -232,25 +233,70 @@ class Run:
             KeyboardInterrupt: the run is to end; the case is recorded.
         """
         self.board.begin(TITLES[case])
-        self._forget(case)
-        path = raw_path(self.folder, f"{case}.json")
+        path, samples = raw_path(self.folder, f"{case}.json"), raw_path(self.folder, f"{case}.jsonl")
+        complete = (read_json(path) or {}).get("status") == jobs.COMPLETE
         if refusal:
             outcome = Outcome(jobs.NO_GATE, refusal)
         elif self.deadline_s is not None and time.time() > self.deadline_s:
             outcome = Outcome(jobs.TIME_LIMIT, "not run: the time limit was reached before it")
         else:
+            earlier = [_rename(file, file.name + ".earlier") for file in (path, samples) if complete]
             write_json(path, {"status": jobs.RUNNING})
+            samples.unlink(missing_ok=True)
             job = Job("case", str(self.folder), case=case, reference=reference, deadline_s=self.deadline_s)
-            outcome = self._run(job, self.options.pythons.get(case))
-        last = outcome.value if isinstance(outcome.value, dict) else {}
-        write_json(path, {**outcome.facts, **last, "status": outcome.status, "reason": outcome.reason})
+            try:
+                outcome = self._run(job, self.options.pythons.get(case))
+            except KeyboardInterrupt:
+                outcome = Outcome(jobs.INTERRUPTED, "interrupted before its process could be started")
+            replaced = outcome.status == jobs.COMPLETE or outcome.status in jobs.BROKEN
+            for file in earlier:
+                if replaced:
+                    file.unlink()
+                else:
+                    _rename(file, file.name.removesuffix(".earlier"))
+        kept = ""
+        if complete and outcome.status != jobs.COMPLETE and outcome.status not in jobs.BROKEN:
+            kept = "; the folder's complete rows of an earlier run are kept"
+        else:
+            last = outcome.value if isinstance(outcome.value, dict) else {}
+            write_json(path, {**outcome.facts, **last, "status": outcome.status, "reason": outcome.reason})
         if outcome.status == jobs.INTERRUPTED:
             raise KeyboardInterrupt
-        self.board.end(f"{TITLES[case]}: {outcome.reason or outcome.status}")
+        self.board.end(f"{TITLES[case]}: {outcome.reason or outcome.status}{kept}")
         return EXIT_BROKEN if outcome.status in jobs.BROKEN else EXIT_OK
 
     def _log(self, name: str) -> Path:
         return raw_path(self.folder, f"{name}.log")
+
+
+def put_aside(folder: Path, note: Callable[[str], None]) -> None:
+    """Moves the results of an earlier run, raw record and tables, into ``earlier-N`` inside the folder.
+
+    Raises:
+        OutputError: they cannot be moved.
+    """
+    if not any(file.stat().st_size for file in (folder / RAW).glob("*.jsonl")):
+        return
+    number = 1 + max((int(p.name[8:]) for p in folder.glob("earlier-*") if p.name[8:].isdigit()), default=0)
+    target = folder / f"earlier-{number}"
+    patterns = ("case*.csv", "final_*_table.*", "summary.json", "figures.json", "environment.json")
+    try:
+        (target / RAW).mkdir(parents=True)
+        for pattern in patterns:
+            for file in folder.glob(pattern):
+                file.rename(target / file.name)
+        for file in (folder / RAW).iterdir():
+            if file.name != "prepare.log":
+                file.rename(target / RAW / file.name)
+    except OSError as error:
+        raise OutputError(
+            f"the earlier results in {folder} cannot be put aside ({error.strerror}): choose another --output"
+        ) from error
+    note(f"The earlier results are in {target}.")
+
+
+def _rename(file: Path, name: str) -> Path:
+    return file.rename(file.with_name(name))
 
 
 def _study_differences(known: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

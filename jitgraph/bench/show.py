@@ -58,14 +58,21 @@ class Board:
     def end(self, message: str) -> None:
         """The job is over; ``message`` stays on the screen."""
         if self._job is not None:
-            self._progress.remove_task(self._job)
+            job, self._job = self._job, None  # first: an interrupt here must not end it twice
+            self._progress.remove_task(job)
         self._progress.advance(self._whole)
+        self.note(message)
+
+    def note(self, message: str) -> None:
+        """Something to know; stays on the screen."""
         self._progress.console.print(escape(message), highlight=False)
 
 
 def show_study(console: Console, study: Study) -> None:
     """Ceilings, both final tables, remarks."""
     ceiling = study.ceiling
+    if not study.rows:
+        console.print("There are no samples to show: no case was measured.", highlight=False)
     if ceiling:
         console.print(
             f"Ceilings of {escape(study.device)}: read {ceiling['read_tb_s']:.3f} TB/s, "

@@ -24,6 +24,8 @@ COLUMNS = (
 )
 AVERAGE = "AVERAGE"
 BOM = "\ufeff"
+DISTURBED = 3.0
+"""A P99 over this many medians is remarked on."""
 NO_VALUE = "\u2013"
 
 
@@ -40,7 +42,7 @@ def write_tables(study: Study, folder: Path) -> list[Path]:
                 texts[f"{FILE_STEMS[case]}_{protocol}.csv"] = BOM + case_csv(study, case, protocol)
     for protocol in PROTOCOLS:
         tables = final_tables(study, protocol)
-        texts[f"final_{protocol}_table.csv"] = BOM + final_csv(tables)
+        texts[f"final_{protocol}_table.csv"] = BOM + final_csv(study, protocol, tables)
         texts[f"final_{protocol}_table.md"] = final_markdown(study, protocol, tables)
     for name, text in texts.items():
         write_text(folder / name, text)
@@ -105,12 +107,12 @@ def _final_table(study: Study, protocol: str, pacing: str) -> FinalTable:
     for length in lengths:
         here = {case: found[case, length].summary for case in CASES if (case, length) in found}
         cells = tuple(_cell(here.get(case), protocol) for case in CASES)
-        lines.append((str(length), *cells, _winner({case: _value(s, protocol) for case, s in here.items()})))
+        lines.append((str(length), *cells, _winner(study, {case: _value(s, protocol) for case, s in here.items()})))
     # An average over other lengths than its neighbour's compares nothing: only complete columns have one.
     complete = [case for case in CASES if lengths and all((case, length) in found for length in lengths)]
     means = {case: sum(_value(found[case, n].summary, protocol) for n in lengths) / len(lengths) for case in complete}
     cells = tuple(f"{means[case]:.2f}" if case in means else "" for case in CASES)
-    return FinalTable(pacing, (*lines, (AVERAGE, *cells, _winner(means))))
+    return FinalTable(pacing, (*lines, (AVERAGE, *cells, _winner(study, means))))
 
 
 def _value(summary: Summary, protocol: str) -> float:
@@ -123,9 +125,14 @@ def _cell(summary: Summary | None, protocol: str) -> str:
     return f"{summary.mean:.2f} ± {summary.std:.2f}" if protocol == "ttft" else f"{summary.p99:.2f}"
 
 
-def _winner(values: dict[str, float]) -> str:
+def _winner(study: Study, values: dict[str, float]) -> str:
     """Title of the lowest value; nobody wins alone."""
-    return TITLES[min(values, key=lambda case: values[case])] if len(values) > 1 else ""
+    return _title(study, min(values, key=lambda case: values[case])) if len(values) > 1 else ""
+
+
+def _title(study: Study, case: str) -> str:
+    """A case's title; an emulated case says so."""
+    return TITLES[case] + (" (emulated)" if study.emulated(case) else "")
 
 
 def pacings_of(study: Study) -> list[str]:
@@ -149,9 +156,8 @@ def reason_of(study: Study, case: str) -> str:
 
 
 def header(study: Study) -> tuple[str, ...]:
-    """Column titles of a final table; an emulated case says so."""
-    titles = (TITLES[case] + (" (emulated)" if study.emulated(case) else "") for case in CASES)
-    return ("Prompt tokens", *titles, "Winner")
+    """Column titles of a final table."""
+    return ("Prompt tokens", *(_title(study, case) for case in CASES), "Winner")
 
 
 def caption(study: Study, protocol: str, pacing: str) -> str:
@@ -174,9 +180,28 @@ def remarks(study: Study) -> list[str]:
         )
     if any(facts.get("ungated") for facts in study.cases.values()):
         found.append("Ungated: nobody checked that the cases compute the same tokens.")
-    quick = [f"{n} samples a cell" for n in _few_samples(study)]
-    found += [f"Quick run: the P99 table has only {', '.join(quick)}."] if quick else []
+    few = _few_samples(study)
+    if few:
+        count = str(few[0]) if len(few) == 1 else f"{few[0]} to {few[-1]}"
+        found.append(f"Quick run: the P99 table has only {count} samples a cell.")
+    for case, lengths in _disturbed(study).items():
+        found.append(
+            f"{TITLES[case]}: P99 is over {DISTURBED:.0f} times the median at {', '.join(map(str, lengths))} tokens: "
+            "either the case pauses, or something else used this machine; measure again with the machine idle."
+        )
     return found + [f"Flag: {flag}." for flag in study.ceiling.get("flags", [])]
+
+
+def _disturbed(study: Study) -> dict[str, list[int]]:
+    """Case to the prompt lengths at which a few requests took far longer than the rest."""
+    found: dict[str, list[int]] = {}
+    for row in study.rows:
+        key, s = row.key, row.summary
+        if key.case in CASES and (key.protocol, key.metric) == ("p99", "ttft_ms") and s.p99 > DISTURBED * s.p50:
+            lengths = found.setdefault(key.case, [])
+            if key.prompt_tokens not in lengths:
+                lengths.append(key.prompt_tokens)
+    return found
 
 
 def _few_samples(study: Study) -> list[int]:
@@ -185,10 +210,13 @@ def _few_samples(study: Study) -> list[int]:
     return sorted({row.summary.n for row in rows if row.summary.n < 100})
 
 
-def final_csv(tables: Sequence[FinalTable]) -> str:
-    """The tables under each other, the pacing in the first column."""
-    head = ["Pacing", "Prompt tokens", *(TITLES[case] for case in CASES), "Winner"]
-    return _csv([head, *([table.pacing, *line] for table in tables for line in table.lines)])
+def final_csv(study: Study, protocol: str, tables: Sequence[FinalTable]) -> str:
+    """The tables under each other: the pacing in the first column, what was measured on what in the last."""
+    lines: list[Sequence[object]] = [("Pacing", *header(study), "Conditions")]
+    for table in tables:
+        conditions = caption(study, protocol, table.pacing)
+        lines += [(table.pacing, *line, conditions) for line in table.lines]
+    return _csv(lines)
 
 
 def final_markdown(study: Study, protocol: str, tables: Sequence[FinalTable]) -> str:

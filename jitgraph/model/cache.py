@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from jitgraph.errors import CapacityError
+from jitgraph.model.device import check_memory
 from jitgraph.model.spec import ModelSpec
 
 
@@ -51,13 +52,14 @@ class KVCache:
         Raises:
             CapacityError: the device has not that much memory; the message has both figures.
         """
+        need = spec.kv_bytes_per_token(dtype.itemsize) * pages * page_size
+        check_memory(need, device, "the KV cache's pages", "lower max_model_len, max_streams or kv_cache_memory")
         shape = (spec.num_layers, 2, pages, page_size, spec.num_kv_heads, spec.head_dim)
         try:
             return cls(torch.zeros(shape, dtype=dtype, device=device))
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            need = spec.kv_bytes_per_token(dtype.itemsize) * pages * page_size / 2**30
             raise CapacityError(
-                f"the KV cache needs {need:.2f} GiB, more than {device} can give: "
+                f"the KV cache needs {need / 2**30:.2f} GiB, more than {device} can give: "
                 "lower max_model_len, max_streams or kv_cache_memory"
             ) from error
 

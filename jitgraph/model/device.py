@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import torch
 
 from jitgraph.config import DTYPES
-from jitgraph.errors import ConfigError, DeviceError
+from jitgraph.errors import CapacityError, ConfigError, DeviceError
 
 
 def resolve_device(name: str | torch.device = "auto") -> torch.device:
@@ -31,6 +34,24 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
     if number >= count:
         raise DeviceError(f"device {text!r} does not exist: this machine has cuda:0 to cuda:{count - 1}")
     return torch.device("cuda", number)
+
+
+def check_memory(need_bytes: int, device: torch.device, what: str, advice: str) -> None:
+    """Refuses what the machine cannot hold before it is asked for. A CUDA allocation fails cleanly by itself; Linux
+    grants any on the CPU and kills the process later.
+
+    Raises:
+        CapacityError: more than is free; the message has both figures.
+    """
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.exists():
+        return
+    free = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)
+    if free is not None and need_bytes > int(free.group(1)) * 1024:
+        raise CapacityError(
+            f"{what} need {need_bytes / 2**30:.2f} GiB but only {int(free.group(1)) / 2**20:.2f} GiB of memory are "
+            f"free: {advice}"
+        )
 
 
 def resolve_dtype(name: str, own: str, device: torch.device) -> torch.dtype:

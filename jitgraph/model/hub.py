@@ -35,19 +35,19 @@ def download(repo: str, weights: bool) -> Path:
     patterns = [*SMALL_FILES, *(WEIGHT_FILES if weights else ())]
     try:
         return Path(snapshot_download(repo, allow_patterns=patterns, ignore_patterns=list(IGNORED)))
-    except GatedRepoError as error:  # before its base, RepositoryNotFoundError
+    except GatedRepoError:  # before its base, RepositoryNotFoundError
         advice = f"accept its terms at https://huggingface.co/{repo} and set HF_TOKEN"
-        raise CheckpointError(f"the hub repository {repo} is gated: {advice}") from error
-    except RepositoryNotFoundError as error:
+        raise CheckpointError(f"the hub repository {repo} is gated: {advice}") from None
+    except RepositoryNotFoundError:
         raise CheckpointError(
             f"{repo!r} is neither a local folder nor a hub repository you can see: check the name, or set HF_TOKEN"
-        ) from error
+        ) from None
     except HFValidationError as error:
-        raise CheckpointError(f"{repo!r} is not a local folder and not a valid hub id: {error}") from error
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+        raise CheckpointError(f"{repo!r} is not a local folder and not a valid hub id: {error}") from None
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError):
         raise CheckpointError(
             f"{repo!r} is not a local folder, is not in the hub's cache and the hub cannot be reached: "
             "check the path, or the network and HF_HUB_OFFLINE"
-        ) from error
+        ) from None
     except (HTTPError, OSError) as error:
-        raise CheckpointError(f"downloading {repo} failed ({error}): try again") from error
+        raise CheckpointError(f"downloading {repo} failed ({error}): try again") from None

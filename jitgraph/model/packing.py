@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from jitgraph.errors import CapacityError
+from jitgraph.model.device import check_memory
 from jitgraph.model.spec import ModelSpec
 from jitgraph.model.weights import LayerWeights, ModelWeights
 
@@ -58,12 +59,13 @@ def allocate_weights(spec: ModelSpec, device: torch.device, dtype: torch.dtype) 
     Raises:
         CapacityError: the device has not that much memory; the message has the figure.
     """
+    need = sum(math.prod(shape) for shape in hf_shapes(spec).values()) * dtype.itemsize
+    check_memory(need, device, "the weights", "use a smaller model or dtype (float16 takes half of float32)")
     try:
         return _allocate(spec, device, dtype)
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        need = sum(math.prod(shape) for shape in hf_shapes(spec).values()) * dtype.itemsize / 2**30
         raise CapacityError(
-            f"the weights need {need:.2f} GiB, more than {device} can give: "
+            f"the weights need {need / 2**30:.2f} GiB, more than {device} can give: "
             "free its memory, or use a smaller model or dtype"
         ) from error
 
