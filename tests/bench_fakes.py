@@ -82,7 +82,7 @@ class FakeLauncher:
         writer = RawWriter(Path(job.folder), LINEARS)
         for pacing in job.the_plan.pacings:
             for tokens in (1, *job.the_plan.prompt_lengths):
-                writer.sample(BlockKey(LINEARS, "ttft", "ttft_ms", pacing, tokens), 0, 4.0, time.time())
+                writer.sample(BlockKey(LINEARS, "ttft", "ttft_ms", pacing, tokens), 0, 12.0, time.time())
         writer.close()
         rates = {**RATES, "by_pacing": dict.fromkeys(job.the_plan.pacings, RATES), "flags": []}
         return Outcome(jobs.COMPLETE, "", rates)

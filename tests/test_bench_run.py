@@ -13,11 +13,12 @@ from bench_fakes import FakeCase, FakeLauncher, fast_and_slow
 from rich.console import Console
 
 from jitgraph.bench import jobs
+from jitgraph.bench.cases.common import FirstToken
 from jitgraph.bench.plan import CASES, FILE_STEMS, Options
 from jitgraph.bench.process import Outcome
 from jitgraph.bench.records import read_blocks
 from jitgraph.bench.run import recompute, run_benchmark
-from jitgraph.errors import ConfigError, OutputError
+from jitgraph.errors import ConfigError, JitgraphError, OutputError
 
 ROW_FIELDS = {
     "case",
@@ -215,10 +216,69 @@ def test_earlier_results_are_put_aside_and_complete_rows_kept(tmp_path: Path) ->
     code, _ = run(other, launcher, cases=("jit",), pacing="interactive")
     assert code == 130 and cell_rows(other, case="jit") == rows
     code, shown = run(other, fast_and_slow(), cases=("jit",), pacing="interactive", max_minutes=1e-9)
-    assert cell_rows(other, case="jit") == rows and "complete rows of an earlier run are kept" in shown
+    assert cell_rows(other, case="jit") == rows and "rows of an earlier run are kept" in shown
     launcher.cases["jit"] = FakeCase(1.0, token_id=8)
     run(other, launcher, cases=("jit",), pacing="interactive")
     assert cell_rows(other, case="jit") == [], "a case that fails its gate has no times, old ones neither"
+
+
+def test_another_studys_reference_is_never_reused(tmp_path: Path) -> None:
+    """A run that ended before any sample leaves a reference behind; the next study makes its own."""
+    folder, first, second = tmp_path / "out", fast_and_slow(), fast_and_slow()
+    first.ceiling = lambda job: Outcome(jobs.INTERRUPTED)  # type: ignore[method-assign]
+    assert run(folder, first)[0] == 130 and (folder / "raw" / "gate.json").exists()
+    assert run(folder, second, seed=1)[0] == 0
+    assert "gate" in second.kinds and not list(folder.glob("earlier-*"))
+
+
+def test_a_case_that_crashes_when_run_again_keeps_its_rows(tmp_path: Path) -> None:
+    """Whether it fails cleanly, blows up in this process, or is never started; its facts stay with its rows."""
+    folder = tmp_path / "out"
+    run(folder, fast_and_slow(), pacing="interactive")
+    rows = cell_rows(folder, case="hybrid")
+    assert rows[0]["emulated"]
+    for break_it in (lambda job: Outcome(jobs.FAILED, "out of memory"), _blow_up):
+        launcher = fast_and_slow()
+        launcher.case = break_it  # type: ignore[method-assign]
+        if break_it is _blow_up:
+            with pytest.raises(RuntimeError):
+                run(folder, launcher, cases=("hybrid",), pacing="interactive")
+        else:
+            assert run(folder, launcher, cases=("hybrid",), pacing="interactive")[0] == 1
+        assert cell_rows(folder, case="hybrid") == rows
+    launcher = fast_and_slow()
+    launcher.gate = Outcome(jobs.FAILED, "no memory")
+    assert run(folder, launcher, cases=("hybrid",), pacing="interactive", prompt_lengths=(10, 20))[0] == 1
+    assert cell_rows(folder, case="hybrid") == rows
+    for name in ("hybrid.json", "hybrid.jsonl"):  # what a kill in the middle of a case leaves
+        (folder / "raw" / name).rename(folder / "raw" / (name + ".earlier"))
+    (folder / "raw" / "hybrid.json").write_text('{"status": "running"}')
+    run(folder, fast_and_slow(), cases=("hybrid",), pacing="interactive", max_minutes=1e-9)
+    assert cell_rows(folder, case="hybrid") == rows and not list((folder / "raw").glob("*.earlier"))
+
+
+def _blow_up(job: jobs.Job) -> Outcome:
+    raise RuntimeError("a defect")
+
+
+def test_tokens_are_checked_at_every_request(tmp_path: Path) -> None:
+    class Fickle(FakeCase):
+        def first_token(self, token_ids: list[int]) -> FirstToken:
+            token = super().first_token(token_ids)
+            return FirstToken(8, token.client_ms, token.engine_ms) if self.requests == 30 else token
+
+    launcher = fast_and_slow()
+    launcher.cases["jit"] = Fickle(12.0)
+    code, shown = run(tmp_path / "out", launcher, pacing="interactive")
+    assert code == 1 and "gave another first token than the reference" in shown
+
+
+def test_a_refused_run_leaves_nothing(tmp_path: Path) -> None:
+    launcher = fast_and_slow()
+    launcher.prepare = lambda job: Outcome(jobs.FAILED, "no such model")  # type: ignore[method-assign]
+    with pytest.raises(JitgraphError, match="no such model"):
+        run(tmp_path / "out", launcher)
+    assert not (tmp_path / "out").exists()
 
 
 def test_disturbed_cells_are_remarked_on(tmp_path: Path) -> None:
@@ -234,7 +294,7 @@ def test_disturbed_cells_are_remarked_on(tmp_path: Path) -> None:
     samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
     recompute(folder, Console(quiet=True))
     told = (folder / "final_p99_table.md").read_text(encoding="utf-8")
-    assert "P99 is over 3 times the median at 10 tokens" in told
+    assert "P99 of TTFT is over 3 times the median at 10 tokens" in told
 
 
 def test_nothing_measured_is_a_failure(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jitgraph.bench.floors import Floors, ceiling_flags
+from jitgraph.bench.floors import Floors, ceilings
 from jitgraph.bench.gate import Reference, mismatches, references_from_json, references_to_json
 from jitgraph.bench.plan import CASES, Options, Plan, parse_cases, parse_lengths, parse_pythons
 from jitgraph.bench.prompts import digests, make_prompts
@@ -59,9 +59,38 @@ def test_floors_follow_their_formula() -> None:
     assert floors.decode_ms(1000, 4.61) == pytest.approx((13.214e9 + 0.524288e9) / 4.61e9)
 
 
+def test_ceilings_are_the_best_that_anything_reached() -> None:
+    """The products of the model count as kernels; a rested device can do what a hot one does, not the other way
+    round."""
+    floors = Floors(weight_bytes=10_000_000_000, kv_bytes_per_token=1, flops_per_token=10_000_000_000, flops_once=0)
+
+    def rates(read: float, gemm: float) -> dict[str, float]:
+        return {"read_tb_s": read, "copy_tb_s": 3.0, "gemm_tflops": gemm}
+
+    measured = {"by_pacing": {"interactive": rates(4.2, 600), "sustained": rates(4.5, 650)}}
+    found = ceilings(measured, floors, {}, "NVIDIA H200")
+    assert found["by_pacing"]["interactive"] == rates(4.5, 650) and found["by_pacing"]["sustained"] == rates(4.5, 650)
+    assert found["read_tb_s"] == 4.5 and found["flags"] == []
+    # 500 tokens in 6.25 ms are 800 TFLOP/s; one token in 2 ms reads 5 TB/s
+    linears = {("interactive", 500): 6.25, ("interactive", 1): 4.0, ("sustained", 1): 2.0}
+    found = ceilings(measured, floors, linears, "NVIDIA H200")["by_pacing"]
+    assert found["interactive"] == pytest.approx(rates(5.0, 800)) and found["sustained"] == pytest.approx(
+        rates(5.0, 650)
+    )
+    assert ceilings({}, floors, linears, "NVIDIA H200") == {}
+
+
 def test_an_implausible_read_rate_is_flagged_on_an_h200_alone() -> None:
-    assert ceiling_flags("NVIDIA H200", 4.1) and not ceiling_flags("NVIDIA H200", 4.6)
-    assert not ceiling_flags("NVIDIA A100", 1.5)
+    floors = Floors(weight_bytes=1, kv_bytes_per_token=1, flops_per_token=1, flops_once=0)
+
+    def flags(device: str, *reads: float) -> list[str]:
+        pacings = ("sustained", "interactive")[: len(reads)]
+        rates = {p: {"read_tb_s": r, "copy_tb_s": r, "gemm_tflops": 700.0} for p, r in zip(pacings, reads, strict=True)}
+        return list(ceilings({"by_pacing": rates}, floors, {}, device)["flags"])
+
+    assert flags("NVIDIA H200", 4.6, 4.1) == [] and flags("NVIDIA A100", 1.5) == []
+    (flag,) = flags("NVIDIA H200", 4.1, 4.6)
+    assert "4.10 TB/s (sustained)" in flag and "no run of record" in flag
 
 
 def test_gate_compares_only_where_the_reference_is_certain() -> None:
@@ -85,7 +114,7 @@ def test_defaults_follow_the_device() -> None:
 def test_plan_survives_json_and_knows_its_size() -> None:
     plan = Options(prompt_lengths=(10, 500), ttft_iterations=5, p99_iterations=100).plan("cuda:0")
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
-    assert plan.requests() == 2 * 2 + 2 * (2 * 5 + 2 * 1) + 2 * (2 * 100 + 2 * 5)
+    assert plan.requests() == (2 * 2 + 2) + 2 * (2 * 5 + 2 * 1) + 2 * (2 * 100 + 2 * 5)
     assert plan.within(4096).max_model_len == 1024 and plan.within(600).max_model_len == 600
     with pytest.raises(ConfigError, match="take 564 tokens, the model's limit is 512"):
         plan.within(512)

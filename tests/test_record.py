@@ -35,9 +35,9 @@ def test_tables_follow_from_the_raw_samples(tmp_path: Path) -> None:
 def test_floors_hold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = tmp_path / "summary.json"
     shutil.copy(RECORD / "summary.json", copy)
-    monkeypatch.setattr("sys.argv", ["first_slice.py", str(copy)])
+    monkeypatch.setattr("sys.argv", ["check_floors.py", str(copy)])
     with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / "benchmarks" / "first_slice.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / "benchmarks" / "check_floors.py"), run_name="__main__")
     assert end.value.code == 0 and "MISS" not in capsys.readouterr().out
 
 

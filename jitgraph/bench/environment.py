@@ -38,7 +38,7 @@ def collect_environment(device: str) -> dict[str, Any]:
         "device_name": f"CPU ({_cpu_name()})",
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}",
         "python": platform.python_version(),
         "jitgraph": jitgraph.__version__,
         **{name: package_version(name) for name in _PACKAGES},

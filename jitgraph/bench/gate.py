@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from jitgraph.bench.plan import Plan
+from jitgraph.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -92,6 +93,8 @@ def _reference(model: Any, ids: torch.Tensor, layers: int) -> Reference:
     last = model(ids, use_cache=False, logits_to_keep=1).logits[0, -1]
     eps = torch.finfo(last.dtype).eps
     logits = last.float()
+    if not bool(logits.isfinite().all()):
+        raise ConfigError("the reference's logits are not finite: use another dtype, or mend the checkpoint")
     best = logits.topk(2)
     error = eps * layers**0.5 * float(logits.abs().max())
     half = ids.shape[1] // 2

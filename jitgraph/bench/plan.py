@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from jitgraph.config import DTYPES
 from jitgraph.errors import ConfigError
 
 CASES = ("baseline", "cuda-graph", "jit", "hybrid", "tensorrt-llm")
@@ -109,7 +110,7 @@ class Plan:
             if self.iterations(protocol):
                 ttft = len(self.prompt_lengths) * self.iterations(protocol)
                 timed += len(self.pacings) * (ttft + len(self.decode_lengths) * self.decode_requests(protocol))
-        return len(self.prompt_lengths) * WARMUP_REQUESTS + timed
+        return len(self.prompt_lengths) * WARMUP_REQUESTS + len(self.decode_lengths) + timed
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,7 @@ class Options:
             self.weights in (None, "checkpoint", "random"),
             f"weights must be checkpoint or random, not {self.weights!r}",
         )
+        _require(self.dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
         _require(self.max_minutes is None or self.max_minutes > 0, "max-minutes must be above 0")
         for case in self.pythons:
             _require(case in CASES, f"--python names the unknown case {case!r}; the cases are {', '.join(CASES)}")

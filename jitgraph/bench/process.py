@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from jitgraph.bench import jobs
 from jitgraph.bench.jobs import Job
 
 STOP_TIMEOUT_S = 20.0
+POLL_S = 0.5
 _ROOT = str(Path(jitgraph.__file__).resolve().parents[1])
 _ENTRY = f"import sys; sys.path.insert(0, {_ROOT!r}); from jitgraph.bench.worker import main; sys.exit(main())"
 """Another case's interpreter need not have this package installed: it is told where it lies."""
@@ -41,29 +44,34 @@ def run_process(job: Job, python: str | None, log: Path, on_progress: Callable[[
     read_fd, write_fd = os.pipe()
     outcome = Outcome()
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            [python or sys.executable, "-c", _ENTRY, str(write_fd)],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            pass_fds=(write_fd,),
-            start_new_session=True,
-        )
-        os.close(write_fd)
-        with os.fdopen(read_fd, encoding="utf-8") as events:
-            try:
-                _hand_over(process, job)
-                _listen(events, outcome, on_progress)
-                process.wait()
-            except KeyboardInterrupt:
-                _stop(process)
-                _listen(events, outcome, on_progress)
-                outcome.status = jobs.INTERRUPTED
-                outcome.reason = "interrupted; rows measured before are kept"
-            finally:
-                if process.poll() is None:
-                    process.kill()
-                    process.wait()
+        try:
+            process = subprocess.Popen(
+                [python or sys.executable, "-c", _ENTRY, str(write_fd)],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=(write_fd,),
+                start_new_session=True,
+            )
+        except OSError as error:
+            os.close(read_fd)
+            return Outcome(reason=f"{python or sys.executable} cannot be started ({error.strerror})")
+        finally:
+            os.close(write_fd)
+        try:
+            _hand_over(process, job)
+            _listen(read_fd, process, outcome, on_progress)
+            process.wait()
+        except KeyboardInterrupt:
+            _stop(process)
+            _listen(read_fd, process, outcome, on_progress)
+            outcome.status = jobs.INTERRUPTED
+            outcome.reason = "interrupted; rows measured before are kept"
+        finally:
+            os.close(read_fd)
+            with suppress(ProcessLookupError):  # its children too, or they would keep the device's memory
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     if outcome.status == jobs.FAILED and not outcome.reason:
         outcome.reason = f"its process ended with code {process.returncode}{_last_words(log)}"
     return outcome
@@ -78,17 +86,30 @@ def _hand_over(process: subprocess.Popen[bytes], job: Job) -> None:
         pass  # it died early: its exit code and log tell why
 
 
-def _listen(events: Any, outcome: Outcome, on_progress: Callable[[int, int], None]) -> None:
-    """Reads events up to the outcome, or to the end of the pipe where the process died before one."""
-    for line in events:
-        event = json.loads(line)
-        if event["event"] == "progress":
-            on_progress(event["done"], event["total"])
-        elif event["event"] == "facts":
-            outcome.facts |= event["facts"]
-        else:
-            outcome.status, outcome.reason, outcome.value = event["status"], event["reason"], event["value"]
-            return  # grandchildren may hold the pipe open
+def _listen(
+    read_fd: int, process: subprocess.Popen[bytes], outcome: Outcome, on_progress: Callable[[int, int], None]
+) -> None:
+    """Reads events up to the outcome, or until the process is gone: a child of its own may hold the pipe open."""
+    rest = b""
+    while True:
+        gone = process.poll() is not None
+        if not select.select([read_fd], [], [], 0.0 if gone else POLL_S)[0]:
+            if gone:
+                return
+            continue
+        block = os.read(read_fd, 65536)
+        if not block:
+            return
+        *lines, rest = (rest + block).split(b"\n")
+        for line in lines:
+            event = json.loads(line)
+            if event["event"] == "progress":
+                on_progress(event["done"], event["total"])
+            elif event["event"] == "facts":
+                outcome.facts |= event["facts"]
+            else:
+                outcome.status, outcome.reason, outcome.value = event["status"], event["reason"], event["value"]
+                return
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

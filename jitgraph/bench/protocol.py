@@ -55,6 +55,8 @@ class Meter:
     """``time.time()`` after which no further row begins."""
     sleep: Callable[[float], None] = time.sleep
     done: int = field(default=0, init=False)
+    _certain: dict[int, int] = field(default_factory=dict, init=False)
+    """Prompt length to the first token that every request must give, where the reference is certain."""
 
     def cold(self, ready_s: float, reference: Mapping[int, Reference] | None) -> list[str]:
         """First requests of the process, the gate, and only then their rows. Returns what the gate says it checked.
@@ -70,9 +72,12 @@ class Meter:
             self._count(WARMUP_REQUESTS)
         checked: list[str] = []
         if reference is not None:
+            self._certain = {n: one.token_id for n, one in reference.items() if n in first and one.certain}
             wrong, checked = mismatches(reference, {length: token.token_id for length, token in first.items()})
             if wrong:
                 raise GateFailed("correctness gate failed, no times given: " + "; ".join(wrong))
+        gaps = {length: self.case.decode(self.prompts[length], DECODE_TOKENS) for length in self.plan.decode_lengths}
+        self._count(len(gaps))
         now = time.time()
         memory = self.case.peak_memory_bytes() / 2**30
         ready = BlockKey(self.name, WARMUP, "ready_s", INTERACTIVE, 0)
@@ -81,6 +86,11 @@ class Meter:
         for length, token in first.items():
             key = BlockKey(self.name, WARMUP, "ttft_ms", INTERACTIVE, length)
             self.writer.sample(key, 0, token.client_ms, now)
+            self.writer.block(key, {}, memory)
+        for length, values in gaps.items():
+            key = BlockKey(self.name, WARMUP, "itl_ms", INTERACTIVE, length)
+            for index, gap in enumerate(values):
+                self.writer.sample(key, index, gap, now)
             self.writer.block(key, {}, memory)
         self.writer.flush()
         return checked
@@ -111,6 +121,10 @@ class Meter:
                 self._pause(pacing)
                 token = self.case.first_token(prompt)
                 now = time.time()
+                if token.token_id != self._certain.get(length, token.token_id):
+                    raise GateFailed(
+                        f"request {iteration} at {length} tokens gave another first token than the reference"
+                    )
                 self.writer.sample(client, iteration, token.client_ms, now)
                 if token.engine_ms is not None:
                     keys[1:] = [engine]

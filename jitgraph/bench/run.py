@@ -10,7 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -19,12 +19,13 @@ from typing import Any
 from rich.console import Console
 
 from jitgraph.bench import jobs
+from jitgraph.bench.earlier import CaseRecord, put_aside
 from jitgraph.bench.environment import differences
 from jitgraph.bench.jobs import Job
 from jitgraph.bench.plan import CASES, LINEARS, TITLES, Options, Plan
 from jitgraph.bench.process import Outcome, run_process
 from jitgraph.bench.prompts import digests
-from jitgraph.bench.records import RAW, prepare_folder, raw_path, read_blocks, read_json, write_json
+from jitgraph.bench.records import prepare_folder, raw_path, read_blocks, read_json, write_json
 from jitgraph.bench.show import Board, show_study
 from jitgraph.bench.study import load_study
 from jitgraph.bench.tables import write_tables
@@ -42,6 +43,7 @@ def run_benchmark(options: Options, console: Console, launch: Launch = run_proce
         JitgraphError: model, device or options that cannot work; no case has run then.
     """
     folder = Path(options.output)
+    was_there = folder.exists()
     prepare_folder(folder)
     for case, python in options.pythons.items():
         if shutil.which(python) is None:
@@ -52,7 +54,14 @@ def run_benchmark(options: Options, console: Console, launch: Launch = run_proce
             run.prepare()
         except KeyboardInterrupt:
             return EXIT_INTERRUPTED
-        code = run.everything()
+        except JitgraphError:
+            forget_refused_run(folder, was_there)
+            raise
+        try:
+            code = run.everything()
+        except Exception:  # a defect of ours must not cost what was measured
+            write_tables(load_study(folder), folder)
+            raise
     study = load_study(folder)
     files = write_tables(study, folder)
     show_study(console, study)
@@ -60,6 +69,15 @@ def run_benchmark(options: Options, console: Console, launch: Launch = run_proce
         code = EXIT_BROKEN  # asked for figures, got none
     console.print(f"Written to {folder}: {', '.join(file.name for file in files)}", highlight=False, markup=False)
     return code
+
+
+def forget_refused_run(folder: Path, was_there: bool) -> None:
+    """Removes what a run that was refused before it began has written: its log, and the folders if they were made."""
+    raw_path(folder, "prepare.log").unlink(missing_ok=True)
+    if not was_there:
+        with suppress(OSError):  # something else is in them by now
+            raw_path(folder, "").rmdir()
+            folder.rmdir()
 
 
 def recompute(folder: Path, console: Console) -> None:
@@ -213,8 +231,8 @@ class Run:
             self.board.end(f"Ceiling: {outcome.status}: {outcome.reason}")
             return
         write_json(raw_path(self.folder, "ceiling.json"), outcome.value)
-        flags = "".join(f" {flag}." for flag in outcome.value["flags"])
-        rates = outcome.value
+        rates = load_study(self.folder).ceiling
+        flags = "".join(f" {flag}." for flag in rates["flags"])
         self.board.end(f"Ceiling: read {rates['read_tb_s']:.3f} TB/s, {rates['gemm_tflops']:.3g} TFLOP/s.{flags}")
 
     def _ceiling_known(self) -> bool:
@@ -233,70 +251,34 @@ class Run:
             KeyboardInterrupt: the run is to end; the case is recorded.
         """
         self.board.begin(TITLES[case])
-        path, samples = raw_path(self.folder, f"{case}.json"), raw_path(self.folder, f"{case}.jsonl")
-        complete = (read_json(path) or {}).get("status") == jobs.COMPLETE
-        if refusal:
+        record = CaseRecord(self.folder, case)
+        if refusal or (self.deadline_s is not None and time.time() > self.deadline_s):
             outcome = Outcome(jobs.NO_GATE, refusal)
-        elif self.deadline_s is not None and time.time() > self.deadline_s:
-            outcome = Outcome(jobs.TIME_LIMIT, "not run: the time limit was reached before it")
+            if not refusal:
+                outcome = Outcome(jobs.TIME_LIMIT, "not run: the time limit was reached before it")
+            stands = not record.samples.exists()
         else:
-            earlier = [_rename(file, file.name + ".earlier") for file in (path, samples) if complete]
-            write_json(path, {"status": jobs.RUNNING})
-            samples.unlink(missing_ok=True)
-            job = Job("case", str(self.folder), case=case, reference=reference, deadline_s=self.deadline_s)
+            record.begin()
+            outcome = Outcome()
             try:
+                write_json(record.facts, {"status": jobs.RUNNING})
+                job = Job("case", str(self.folder), case=case, reference=reference, deadline_s=self.deadline_s)
                 outcome = self._run(job, self.options.pythons.get(case))
             except KeyboardInterrupt:
                 outcome = Outcome(jobs.INTERRUPTED, "interrupted before its process could be started")
-            replaced = outcome.status == jobs.COMPLETE or outcome.status in jobs.BROKEN
-            for file in earlier:
-                if replaced:
-                    file.unlink()
-                else:
-                    _rename(file, file.name.removesuffix(".earlier"))
-        kept = ""
-        if complete and outcome.status != jobs.COMPLETE and outcome.status not in jobs.BROKEN:
-            kept = "; the folder's complete rows of an earlier run are kept"
-        else:
+            finally:
+                stands = record.settle(outcome.status)
+        if stands:
             last = outcome.value if isinstance(outcome.value, dict) else {}
-            write_json(path, {**outcome.facts, **last, "status": outcome.status, "reason": outcome.reason})
+            write_json(record.facts, {**outcome.facts, **last, "status": outcome.status, "reason": outcome.reason})
         if outcome.status == jobs.INTERRUPTED:
             raise KeyboardInterrupt
+        kept = "" if stands else "; the folder's rows of an earlier run are kept"
         self.board.end(f"{TITLES[case]}: {outcome.reason or outcome.status}{kept}")
         return EXIT_BROKEN if outcome.status in jobs.BROKEN else EXIT_OK
 
     def _log(self, name: str) -> Path:
         return raw_path(self.folder, f"{name}.log")
-
-
-def put_aside(folder: Path, note: Callable[[str], None]) -> None:
-    """Moves the results of an earlier run, raw record and tables, into ``earlier-N`` inside the folder.
-
-    Raises:
-        OutputError: they cannot be moved.
-    """
-    if not any(file.stat().st_size for file in (folder / RAW).glob("*.jsonl")):
-        return
-    number = 1 + max((int(p.name[8:]) for p in folder.glob("earlier-*") if p.name[8:].isdigit()), default=0)
-    target = folder / f"earlier-{number}"
-    patterns = ("case*.csv", "final_*_table.*", "summary.json", "figures.json", "environment.json")
-    try:
-        (target / RAW).mkdir(parents=True)
-        for pattern in patterns:
-            for file in folder.glob(pattern):
-                file.rename(target / file.name)
-        for file in (folder / RAW).iterdir():
-            if file.name != "prepare.log":
-                file.rename(target / RAW / file.name)
-    except OSError as error:
-        raise OutputError(
-            f"the earlier results in {folder} cannot be put aside ({error.strerror}): choose another --output"
-        ) from error
-    note(f"The earlier results are in {target}.")
-
-
-def _rename(file: Path, name: str) -> Path:
-    return file.rename(file.with_name(name))
 
 
 def _study_differences(known: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

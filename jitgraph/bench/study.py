@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jitgraph.bench import jobs
-from jitgraph.bench.floors import Floors
+from jitgraph.bench.floors import Floors, ceilings
 from jitgraph.bench.plan import CASES, DECODE_TOKENS, LINEARS, PACINGS, PROTOCOLS, WARMUP
 from jitgraph.bench.records import Block, BlockKey, raw_path, read_blocks, read_json
 from jitgraph.bench.stats import Summary, summarise
@@ -75,7 +75,10 @@ def load_study(folder: Path) -> Study:
     study = read_json(raw_path(folder, "study.json"))
     if environment is None or study is None:
         raise OutputError(f"{folder} holds no benchmark run: jitgraph bench --output {folder} makes one")
-    model, ceiling = study["model"], read_json(raw_path(folder, "ceiling.json")) or {}
+    model, device = study["model"], str(environment["device_name"])
+    floors = Floors.from_model(model)
+    measured = read_json(raw_path(folder, "ceiling.json")) or {}
+    ceiling = ceilings(measured, floors, _linears_ms(raw_path(folder, f"{LINEARS}.jsonl")), device)
     cases, rows = {}, []
     for name in (*CASES, LINEARS):
         facts = read_json(raw_path(folder, f"{name}.json"))
@@ -85,11 +88,19 @@ def load_study(folder: Path) -> Study:
         cases[name] = facts or {"status": jobs.RUNNING}
         if samples.exists():
             rows += [
-                _row(key, block, cases[name], str(environment["device_name"]), Floors.from_model(model), ceiling)
+                _row(key, block, cases[name], device, floors, ceiling)
                 for key, block in read_blocks(samples).items()
                 if block.values_ms
             ]
     return Study(environment, model, ceiling, cases, tuple(sorted(rows, key=_order)))
+
+
+def _linears_ms(samples: Path) -> dict[tuple[str, int], float]:
+    """(pacing, tokens) to the mean time of the matrix products; empty where they were not measured."""
+    if not samples.exists():
+        return {}
+    blocks = read_blocks(samples)
+    return {(k.pacing, k.prompt_tokens): sum(b.values_ms) / len(b.values_ms) for k, b in blocks.items() if b.values_ms}
 
 
 def _order(row: Row) -> tuple[int, int, int, int, int]:
@@ -127,6 +138,8 @@ def _notes(facts: Mapping[str, Any]) -> Iterable[str]:
         yield "emulated"
     if facts.get("ungated"):
         yield "ungated"
+    elif facts.get("gate_checked") == []:
+        yield "gate checked nothing"
     if facts.get("status") in jobs.CUT_SHORT:
         yield jobs.INTERRUPTED if facts["status"] == jobs.RUNNING else str(facts["status"])
     elif facts.get("status") == jobs.FAILED:

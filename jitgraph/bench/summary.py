@@ -38,7 +38,7 @@ def row_json(row: Row) -> dict[str, Any]:
         "ceiling_ms": row.ceiling_ms,
         "ratio": row.ratio,
         "peak_memory_gib": row.peak_memory_gib,
-        "paths": dict(row.paths),
+        "paths": {"exact": 0, "padded": 0, "eager": 0, **row.paths},
         "device": row.device,
         "emulated": row.emulated,
         "notes": list(row.notes),

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from jitgraph.bench import jobs
 from jitgraph.bench.plan import CASES, FILE_STEMS, INTERACTIVE, PACINGS, PROTOCOLS, TITLES, WARMUP
 from jitgraph.bench.records import write_json, write_text
 from jitgraph.bench.stats import Summary
@@ -36,11 +37,12 @@ def write_tables(study: Study, folder: Path) -> list[Path]:
         OutputError: the folder cannot be written.
     """
     texts = {}
+    measured = [protocol for protocol in PROTOCOLS if lengths_of(study, protocol)] or list(PROTOCOLS)
     for case in CASES:
         if case in study.cases:
-            for protocol in PROTOCOLS:
+            for protocol in measured:
                 texts[f"{FILE_STEMS[case]}_{protocol}.csv"] = BOM + case_csv(study, case, protocol)
-    for protocol in PROTOCOLS:
+    for protocol in measured:
         tables = final_tables(study, protocol)
         texts[f"final_{protocol}_table.csv"] = BOM + final_csv(study, protocol, tables)
         texts[f"final_{protocol}_table.md"] = final_markdown(study, protocol, tables)
@@ -152,7 +154,9 @@ def reason_of(study: Study, case: str) -> str:
     facts = study.cases.get(case)
     if facts is None:
         return "not run"
-    return "" if facts["status"] == "complete" else str(facts.get("reason") or facts["status"])
+    if facts["status"] == jobs.RUNNING:
+        return "the run was killed while it ran"
+    return "" if facts["status"] == jobs.COMPLETE else str(facts.get("reason") or facts["status"])
 
 
 def header(study: Study) -> tuple[str, ...]:
@@ -183,22 +187,26 @@ def remarks(study: Study) -> list[str]:
     few = _few_samples(study)
     if few:
         count = str(few[0]) if len(few) == 1 else f"{few[0]} to {few[-1]}"
-        found.append(f"Quick run: the P99 table has only {count} samples a cell.")
-    for case, lengths in _disturbed(study).items():
+        found.append(f"The P99 table has only {count} samples a cell.")
+    for (case, metric), lengths in _disturbed(study).items():
         found.append(
-            f"{TITLES[case]}: P99 is over {DISTURBED:.0f} times the median at {', '.join(map(str, lengths))} tokens: "
-            "either the case pauses, or something else used this machine; measure again with the machine idle."
+            f"{TITLES[case]}: P99 of {metric} is over {DISTURBED:.0f} times the median at "
+            f"{', '.join(map(str, lengths))} tokens: either the case pauses, or something else used this machine; "
+            "measure again with the machine idle."
         )
+    if any(row.ratio is not None and row.ratio < 0.999 for row in study.rows):
+        found.append("Some rows are below their ceiling: the ceiling of this run is too low, or its rows are wrong.")
     return found + [f"Flag: {flag}." for flag in study.ceiling.get("flags", [])]
 
 
-def _disturbed(study: Study) -> dict[str, list[int]]:
-    """Case to the prompt lengths at which a few requests took far longer than the rest."""
-    found: dict[str, list[int]] = {}
+def _disturbed(study: Study) -> dict[tuple[str, str], list[int]]:
+    """(case, metric) to the prompt lengths at which a few samples of many took far longer than the rest."""
+    found: dict[tuple[str, str], list[int]] = {}
     for row in study.rows:
         key, s = row.key, row.summary
-        if key.case in CASES and (key.protocol, key.metric) == ("p99", "ttft_ms") and s.p99 > DISTURBED * s.p50:
-            lengths = found.setdefault(key.case, [])
+        shown = key.case in CASES and key.protocol in PROTOCOLS and key.metric in ("ttft_ms", "itl_ms")
+        if shown and s.n >= 20 and s.p99 > DISTURBED * s.p50:
+            lengths = found.setdefault((key.case, key.metric.removesuffix("_ms").upper()), [])
             if key.prompt_tokens not in lengths:
                 lengths.append(key.prompt_tokens)
     return found

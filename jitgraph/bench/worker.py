@@ -20,7 +20,7 @@ from jitgraph.bench.gate import compute_references, references_from_json, refere
 from jitgraph.bench.jobs import Events, Job
 from jitgraph.bench.plan import LINEARS, Options
 from jitgraph.bench.protocol import GateFailed, Meter, TimeUp
-from jitgraph.bench.records import RawWriter
+from jitgraph.bench.records import RawWriter, raw_path
 from jitgraph.errors import JitgraphError
 
 
@@ -87,7 +87,7 @@ def case(job: Job, events: Events) -> dict[str, Any]:
     module = importlib.import_module("jitgraph.bench.cases." + job.case.replace("-", "_"))
     subject = module.make()
     total = plan.requests()
-    events.facts({"ungated": job.reference is None})
+    events.facts({"ungated": job.reference is None, "plan": plan.to_json()})
     try:
         subject.load(plan)
         ready_s = time.time() - job.started_s
@@ -103,6 +103,10 @@ def case(job: Job, events: Events) -> dict[str, Any]:
             meter.timed()
             described: dict[str, Any] = subject.describe()
             return described
+        except GateFailed:
+            writer.close()
+            raw_path(Path(job.folder), f"{job.case}.jsonl").unlink()  # a case that fails its gate has no times
+            raise
         finally:
             writer.close()
     finally:

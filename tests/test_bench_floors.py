@@ -1,4 +1,4 @@
-"""The floors of the first slice: the script's verdict on summaries that hold, miss, or lack a figure."""
+"""The floors of release 0.1: the script's verdict on summaries that hold, miss, or lack a figure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "first_slice.py"
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "check_floors.py"
 LENGTHS = (10, 50, 100, 150, 200, 250, 300, 350, 400, 500)
 
 

@@ -1,4 +1,4 @@
-"""Checks a run's ``summary.json`` against the floors of the first slice: ``python benchmarks/first_slice.py SUMMARY``.
+"""Checks a run's ``summary.json`` against the floors of release 0.1: ``python benchmarks/check_floors.py SUMMARY``.
 
 Under each pacing that was measured: the hybrid beats the baseline in every cell (each prompt length, TTFT and P99),
 its TTFT is at most 1.6 times the ``linears`` graph of the same length, its decode at most 1.5 times that graph at one
@@ -99,7 +99,7 @@ def _finding(what: str, value: float | None, base: float | None, factor: float, 
 def main() -> int:
     """Command entry."""
     if len(sys.argv) != 2:
-        print("usage: python benchmarks/first_slice.py FOLDER/summary.json")
+        print("usage: python benchmarks/check_floors.py FOLDER/summary.json")
         return 2
     path = Path(sys.argv[1])
     if not path.is_file():
