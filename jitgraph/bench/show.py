@@ -19,7 +19,7 @@ from rich.table import Table
 
 from jitgraph.bench.plan import PROTOCOLS, TITLES
 from jitgraph.bench.study import Study
-from jitgraph.bench.tables import AVERAGE, NO_VALUE, caption, final_tables, header, remarks
+from jitgraph.bench.tables import AVERAGE, EMULATED, NO_VALUE, caption, final_tables, header, remarks
 
 
 class Board:
@@ -97,5 +97,6 @@ def _table(study: Study, lines: tuple[tuple[str, ...], ...], title: str) -> Tabl
     for line in lines:
         if line[0] == AVERAGE:
             table.add_section()
-        table.add_row(*(cell or NO_VALUE for cell in line[:-1]), f"[bold]{line[-1]}[/bold]" if line[-1] else "")
+        winner = line[-1].removesuffix(EMULATED)  # its column's title says so
+        table.add_row(*(cell or NO_VALUE for cell in line[:-1]), f"[bold]{winner}[/bold]" if winner else "")
     return table

@@ -25,6 +25,8 @@ COLUMNS = (
 )
 AVERAGE = "AVERAGE"
 BOM = "\ufeff"
+EMULATED = " (emulated)"
+"""Follows the title of a case whose kernels and graphs the CPU imitates."""
 DISTURBED = 3.0
 """A P99 over this many medians is remarked on."""
 NO_VALUE = "\u2013"
@@ -134,7 +136,7 @@ def _winner(study: Study, values: dict[str, float]) -> str:
 
 def _title(study: Study, case: str) -> str:
     """A case's title; an emulated case says so."""
-    return TITLES[case] + (" (emulated)" if study.emulated(case) else "")
+    return TITLES[case] + (EMULATED if study.emulated(case) else "")
 
 
 def pacings_of(study: Study) -> list[str]:
@@ -188,11 +190,14 @@ def remarks(study: Study) -> list[str]:
     if few:
         count = str(few[0]) if len(few) == 1 else f"{few[0]} to {few[-1]}"
         found.append(f"The P99 table has only {count} samples a cell.")
-    for (case, metric), lengths in _disturbed(study).items():
+    disturbed = [
+        f"{TITLES[case]} ({metric} at {', '.join(map(str, lengths))} tokens)"
+        for (case, metric), lengths in _disturbed(study).items()
+    ]
+    if disturbed:
         found.append(
-            f"{TITLES[case]}: P99 of {metric} is over {DISTURBED:.0f} times the median at "
-            f"{', '.join(map(str, lengths))} tokens: either the case pauses, or something else used this machine; "
-            "measure again with the machine idle."
+            f"P99 is over {DISTURBED:.0f} times the median in {', '.join(disturbed)}: either the case pauses, or "
+            "something else used this machine; measure again with the machine idle."
         )
     if any(row.ratio is not None and row.ratio < 0.999 for row in study.rows):
         found.append("Some rows are below their ceiling: the ceiling of this run is too low, or its rows are wrong.")
