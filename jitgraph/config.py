@@ -20,6 +20,8 @@ OPS_FLAVOURS = ("auto", "torch", "mixed", "jit")
 
 ENVIRONMENT = {
     "JITGRAPH_CACHE": "folder of compiled kernels (default: $XDG_CACHE_HOME/jitgraph or ~/.cache/jitgraph)",
+    "XDG_CACHE_HOME": "the user's cache folder, where JITGRAPH_CACHE is not set",
+    "TRITON_INTERPRET": "1 runs Triton's kernels in its CPU interpreter, for tests",
     "JITGRAPH_PYTHON": "read by the shell scripts: the Python whose environment they use instead of making .venv",
     "HF_HOME": "read by huggingface_hub: where downloaded checkpoints live",
     "HF_HUB_OFFLINE": "read by huggingface_hub: 1 forbids downloads",
@@ -89,7 +91,7 @@ class EngineConfig:
     page_size: int = 16
     """Tokens in a KV page: a power of two from 8 to 128."""
     prefill_buckets: tuple[int, ...] = DEFAULT_PREFILL_BUCKETS
-    """Prompt sizes with a graph, ascending; the last one is the chunk size of longer prompts."""
+    """Prompt sizes with a graph, ascending, cut to the context; the last one is the chunk size of longer prompts."""
     precapture_lengths: tuple[int, ...] = ()
     """Exact prompt lengths that get a graph of their own besides the buckets."""
     max_graphs: int = 50

@@ -84,8 +84,7 @@ class FakeLauncher:
             for tokens in (1, *job.the_plan.prompt_lengths):
                 writer.sample(BlockKey(LINEARS, "ttft", "ttft_ms", pacing, tokens), 0, 12.0, time.time())
         writer.close()
-        rates = {**RATES, "by_pacing": dict.fromkeys(job.the_plan.pacings, RATES), "flags": []}
-        return Outcome(jobs.COMPLETE, "", rates)
+        return Outcome(jobs.COMPLETE, "", {"by_pacing": dict.fromkeys(job.the_plan.pacings, RATES)})
 
     def case(self, job: Job) -> Outcome:
         subject = self.cases[job.case]

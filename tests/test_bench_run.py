@@ -222,16 +222,16 @@ def test_earlier_results_are_put_aside_and_complete_rows_kept(tmp_path: Path) ->
     assert cell_rows(other, case="jit") == [], "a case that fails its gate has no times, old ones neither"
 
 
-def test_another_studys_reference_is_never_reused(tmp_path: Path) -> None:
+def test_another_studys_reference_is_never_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that ended before any sample leaves a reference behind; the next study makes its own."""
     folder, first, second = tmp_path / "out", fast_and_slow(), fast_and_slow()
-    first.ceiling = lambda job: Outcome(jobs.INTERRUPTED)  # type: ignore[method-assign]
+    monkeypatch.setattr(first, "ceiling", lambda job: Outcome(jobs.INTERRUPTED))
     assert run(folder, first)[0] == 130 and (folder / "raw" / "gate.json").exists()
     assert run(folder, second, seed=1)[0] == 0
     assert "gate" in second.kinds and not list(folder.glob("earlier-*"))
 
 
-def test_a_case_that_crashes_when_run_again_keeps_its_rows(tmp_path: Path) -> None:
+def test_a_case_that_crashes_when_run_again_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether it fails cleanly, blows up in this process, or is never started; its facts stay with its rows."""
     folder = tmp_path / "out"
     run(folder, fast_and_slow(), pacing="interactive")
@@ -239,7 +239,7 @@ def test_a_case_that_crashes_when_run_again_keeps_its_rows(tmp_path: Path) -> No
     assert rows[0]["emulated"]
     for break_it in (lambda job: Outcome(jobs.FAILED, "out of memory"), _blow_up):
         launcher = fast_and_slow()
-        launcher.case = break_it  # type: ignore[method-assign]
+        monkeypatch.setattr(launcher, "case", break_it)
         if break_it is _blow_up:
             with pytest.raises(RuntimeError):
                 run(folder, launcher, cases=("hybrid",), pacing="interactive")
@@ -273,9 +273,9 @@ def test_tokens_are_checked_at_every_request(tmp_path: Path) -> None:
     assert code == 1 and "gave another first token than the reference" in shown
 
 
-def test_a_refused_run_leaves_nothing(tmp_path: Path) -> None:
+def test_a_refused_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launcher = fast_and_slow()
-    launcher.prepare = lambda job: Outcome(jobs.FAILED, "no such model")  # type: ignore[method-assign]
+    monkeypatch.setattr(launcher, "prepare", lambda job: Outcome(jobs.FAILED, "no such model"))
     with pytest.raises(JitgraphError, match="no such model"):
         run(tmp_path / "out", launcher)
     assert not (tmp_path / "out").exists()

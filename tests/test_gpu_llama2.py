@@ -41,7 +41,7 @@ def models(device: torch.device) -> Iterator[tuple[Any, Any, Engine]]:
     half.load_state_dict(state, assign=True)
     full.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     for model in (half, full):
-        model.model.rotary_emb = type(model.model.rotary_emb)(config=config, device=device)
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
         model.eval()
     engine = Engine(loaded.spec, loaded.weights, EngineConfig(max_model_len=1024, max_streams=4), ())
     yield full, half, engine

@@ -13,6 +13,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from jitgraph.config import ENVIRONMENT
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -140,3 +142,11 @@ def test_links_and_python_snippets(name: str) -> None:
             headings = re.findall(r"^#+ (.+)$", goal.read_text(encoding="utf-8"), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
             assert heading in slugs, f"{name} links to {target}"
+
+
+def test_the_table_of_environment_variables_is_whole() -> None:
+    """Every variable that the code or a set-up script names is in ``config.ENVIRONMENT``, and the other way round."""
+    sources = [*(ROOT / "jitgraph").rglob("*.py"), *(ROOT / "scripts").iterdir(), *ROOT.glob("*.sh")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sources if path.suffix in (".py", ".sh"))
+    named = set(re.findall(r"\b(?:JITGRAPH|HF|XDG|TRITON)_[A-Z][A-Z_]*\b", text))
+    assert named == set(ENVIRONMENT)

@@ -28,14 +28,14 @@ HEAD_START_CYCLES = 400_000
 otherwise the interval would begin on an idle device and contain the launch."""
 
 
-def measure_rates(plan: Plan, device_name: str, progress: Callable[[], None]) -> dict[str, Any]:
+def measure_rates(plan: Plan, progress: Callable[[], None]) -> dict[str, Any]:
     """The raw record of the ceilings: read, copy and product rates under each pacing (``floors.ceilings`` reads it)."""
     device = torch.device(plan.device)
     by_pacing = {}
     for pacing in plan.pacings:
         by_pacing[pacing] = _rates(device, torch_dtype(plan.dtype), pacing)
         progress()
-    return {"device_name": device_name, "by_pacing": by_pacing}
+    return {"by_pacing": by_pacing}
 
 
 def _rates(device: torch.device, dtype: torch.dtype, pacing: str) -> dict[str, float]:

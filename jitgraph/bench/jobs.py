@@ -40,7 +40,6 @@ class Job:
     reference: Mapping[str, Any] | None = None
     """``gate.references_to_json``; None runs the case ungated."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    device_name: str = ""
     deadline_s: float | None = None
     started_s: float = field(default_factory=time.time)
 

@@ -139,10 +139,10 @@ class Options:
 
     def __post_init__(self) -> None:
         _require(bool(self.prompt_lengths), "prompt-lengths must name at least one length")
-        ascending = list(self.prompt_lengths) == sorted(set(self.prompt_lengths))
+        least = min(self.prompt_lengths)
+        _require(least >= 1, f"prompt-lengths must be whole numbers from 1 up, not {least}")
         _require(
-            ascending and self.prompt_lengths[0] >= 1,
-            f"prompt-lengths must be whole numbers from 1 up, not {self.prompt_lengths[0]}",
+            list(self.prompt_lengths) == sorted(set(self.prompt_lengths)), "prompt-lengths must ascend without repeats"
         )
         _require(self.ttft_iterations >= 0, "ttft-iterations must be 0 (off) or more")
         _require(self.p99_iterations is None or self.p99_iterations >= 0, "p99-iterations must be 0 (off) or more")

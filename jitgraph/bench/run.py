@@ -187,7 +187,7 @@ class Run:
         return max(codes)
 
     def _run(self, job: Job, python: str | None = None) -> Outcome:
-        job = replace(job, plan=self.plan, prompts=self.prompts, device_name=self.environment["device_name"])
+        job = replace(job, plan=self.plan, prompts=self.prompts)
         return self.launch(job, python, self._log(job.case or job.kind), self.board.advance)
 
     def _gate(self) -> tuple[Mapping[str, Any] | None, str]:
@@ -252,10 +252,10 @@ class Run:
         """
         self.board.begin(TITLES[case])
         record = CaseRecord(self.folder, case)
-        if refusal or (self.deadline_s is not None and time.time() > self.deadline_s):
-            outcome = Outcome(jobs.NO_GATE, refusal)
-            if not refusal:
-                outcome = Outcome(jobs.TIME_LIMIT, "not run: the time limit was reached before it")
+        late = self.deadline_s is not None and time.time() > self.deadline_s
+        if refusal or late:
+            limit = Outcome(jobs.TIME_LIMIT, "not run: the time limit was reached before it")
+            outcome = Outcome(jobs.NO_GATE, refusal) if refusal else limit
             stands = not record.samples.exists()
         else:
             record.begin()

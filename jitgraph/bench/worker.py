@@ -72,7 +72,7 @@ def ceiling(job: Job, events: Events) -> dict[str, Any]:
         done += 1
         events.progress(done, total)
 
-    rates = measure_rates(plan, job.device_name, step)
+    rates = measure_rates(plan, step)
     writer = RawWriter(Path(job.folder), LINEARS)
     try:
         measure_linears(plan, find_model(plan.model, weights=plan.weights).spec, writer, step)
