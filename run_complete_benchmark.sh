@@ -4,6 +4,7 @@
 #
 #   ./run_complete_benchmark.sh
 #   ./run_complete_benchmark.sh --prompt-lengths 10,100 --ttft-iterations 5 --p99-iterations 100
+#   ./run_complete_benchmark.sh ablation      the further cases of this engine as well
 #   JITGRAPH_PYTHON=python3 ./run_complete_benchmark.sh   with an environment that exists; nothing is downloaded
 set -euo pipefail
 

@@ -40,6 +40,13 @@ Device = Annotated[str, typer.Option(help="`auto`, `cuda`, `cuda:1` or `cpu`.")]
 Dtype = Annotated[str, typer.Option(help="`auto`, `float16`, `bfloat16` or `float32`.")]
 ContextLength = Annotated[int | None, typer.Option("--max-model-len", help="Most tokens of prompt and output.")]
 KVMemory = Annotated[str | None, typer.Option("--kv-cache-memory", help="KV cache budget, for example 4GiB.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Fail rather than compile a kernel after ready.")]
+KVWindow = Annotated[
+    int | None, typer.Option("--kv-window", help="Tokens a stream keeps in the KV cache, for streams without an end.")
+]
+BatchInvariant = Annotated[bool, typer.Option("--batch-invariant", help="Same bits whatever else runs; slower.")]
+Precapture = Annotated[str, typer.Option(help="Prompt lengths with a graph from the start: 1-50,64.")]
+MaxGraphs = Annotated[int, typer.Option(help="Most graphs at any time.")]
 WeightSeed = Annotated[int, typer.Option("--weights-seed", help="Seed of random weights.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Most tokens to generate (default 128).")]
 MinTokens = Annotated[int | None, typer.Option(help="No stop before this many tokens.")]
@@ -47,6 +54,12 @@ Temperature = Annotated[float | None, typer.Option(help="0 is greedy (default: t
 TopK = Annotated[int | None, typer.Option(help="Keep the k most likely tokens; 0 keeps all.")]
 TopP = Annotated[float | None, typer.Option(help="Keep the most likely tokens up to this probability.")]
 MinP = Annotated[float | None, typer.Option(help="Keep tokens at least this fraction as likely as the likeliest.")]
+RepetitionPenalty = Annotated[float | None, typer.Option(help="Over 1: ids in prompt or output become less likely.")]
+PresencePenalty = Annotated[float | None, typer.Option(help="Taken once from the logits of ids in the output.")]
+FrequencyPenalty = Annotated[float | None, typer.Option(help="Taken from an id's logit for each time it was output.")]
+LogitBias = Annotated[
+    list[str] | None, typer.Option(metavar="ID=VALUE", help="Add VALUE to a token id's logit; may be repeated.")
+]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End the text before this string; may be repeated.")]
 StopTokenId = Annotated[list[int] | None, typer.Option(help="End at this token id; may be repeated.")]
@@ -65,12 +78,21 @@ def generate(
     dtype: Dtype = "auto",
     max_model_len: ContextLength = None,
     kv_cache_memory: KVMemory = None,
+    kv_window: KVWindow = None,
+    batch_invariant: BatchInvariant = False,
+    precapture: Precapture = "",
+    max_graphs: MaxGraphs = 50,
+    strict: Strict = False,
     max_tokens: MaxTokens = None,
     min_tokens: MinTokens = None,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
     min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
+    logit_bias: LogitBias = None,
     seed: Seed = None,
     stop: Stop = None,
     stop_token_id: StopTokenId = None,
@@ -87,13 +109,27 @@ def generate(
         "top_k": top_k,
         "top_p": top_p,
         "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "logit_bias": _biases(logit_bias or []) or None,
         "seed": seed,
         "stop": tuple(stop or ()) or None,
         "stop_token_ids": tuple(stop_token_id or ()) or None,
         "ignore_eos": ignore_eos or None,
         "logprobs": logprobs,
     }
-    settings = {"device": device, "dtype": dtype, "max_model_len": max_model_len, "kv_cache_memory": kv_cache_memory}
+    settings = {
+        "device": device,
+        "dtype": dtype,
+        "max_model_len": max_model_len,
+        "kv_cache_memory": kv_cache_memory,
+        "kv_window": kv_window,
+        "batch_invariant": batch_invariant,
+        "precapture_lengths": precapture or (),
+        "max_graphs": max_graphs,
+        "strict": strict,
+    }
     if logprobs is not None and not as_json:
         raise RequestError("--logprobs needs --json: streamed text has no place for them")
     SamplingParams(**_given(overrides))  # a wrong value is refused before anything is loaded
@@ -115,14 +151,38 @@ def chat(
     dtype: Dtype = "auto",
     max_model_len: ContextLength = None,
     kv_cache_memory: KVMemory = None,
+    kv_window: KVWindow = None,
+    batch_invariant: BatchInvariant = False,
+    strict: Strict = False,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
     seed: Seed = None,
 ) -> None:
     """Talk with a model; an empty line or Ctrl-D ends it, Ctrl-C ends an answer."""
-    overrides = _given({"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed})
-    settings = {"device": device, "dtype": dtype, "max_model_len": max_model_len, "kv_cache_memory": kv_cache_memory}
+    overrides = _given(
+        {
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "repetition_penalty": repetition_penalty,
+            "presence_penalty": presence_penalty,
+            "frequency_penalty": frequency_penalty,
+            "seed": seed,
+        }
+    )
+    settings = {
+        "device": device,
+        "dtype": dtype,
+        "max_model_len": max_model_len,
+        "kv_cache_memory": kv_cache_memory,
+        "kv_window": kv_window,
+        "batch_invariant": batch_invariant,
+        "strict": strict,
+    }
     SamplingParams(**overrides)
     with _open(model, weights, weights_seed, max_streams=1, **settings) as llm:
         tokenizer = llm.tokenizer
@@ -236,6 +296,14 @@ def _prompt(prompt: str | None, token_ids: str | None) -> str | list[int]:
     if not prompt:
         raise RequestError("the prompt is empty: give at least one character")
     return prompt
+
+
+def _biases(words: list[str]) -> tuple[tuple[int, float], ...]:
+    """``ID=VALUE`` words as pairs."""
+    try:
+        return tuple((int(token), float(bias)) for token, bias in (word.split("=") for word in words))
+    except ValueError as error:
+        raise RequestError(f"--logit-bias must be ID=VALUE with two numbers, not {' '.join(words)!r}") from error
 
 
 def _stream(llm: LLM, prompt: str | list[int], params: SamplingParams, interruptible: bool = False) -> str:

@@ -11,12 +11,14 @@ import re
 from dataclasses import dataclass
 
 from jitgraph.errors import ConfigError
+from jitgraph.lengths import Lengths, parse_lengths
 
-DEFAULT_PREFILL_BUCKETS = (8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+DEFAULT_PREFILL_BUCKETS = (*(8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448, 480, 512),)
 """Prompt sizes with a graph from the start; a prompt is padded to the next one, longer ones run as chunks."""
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
-OPS_FLAVOURS = ("auto", "torch", "mixed", "jit")
+OPS_FLAVOURS = ("auto", "torch", "mixed", "jit", "jit-all")
+GRAPH_SCOPES = ("step", "static")
 
 ENVIRONMENT = {
     "JITGRAPH_CACHE": "folder of compiled kernels (default: $XDG_CACHE_HOME/jitgraph or ~/.cache/jitgraph)",
@@ -83,7 +85,13 @@ class EngineConfig:
     dtype: str = "auto"
     """Weights and activations; ``auto`` is the checkpoint's own on CUDA and float32 on the CPU."""
     max_model_len: int | None = None
-    """Most tokens of prompt and output together; None is the model's limit, at most 4096."""
+    """Most tokens of prompt and output together; None is the model's limit, at most 4096. Not with ``kv_window``, which
+    has no such end."""
+    kv_window: int | None = None
+    """Tokens of a stream that the KV cache holds at most: the first ``kv_sinks`` and the latest others, so that a
+    stream may go on for ever (positions are counted inside the window). None keeps all, up to ``max_model_len``."""
+    kv_sinks: int = 4
+    """First tokens of a stream that stay in its window."""
     max_streams: int = 8
     """Sequences that run at once, 1 to 8; more are queued."""
     kv_cache_memory: int | str | None = None
@@ -92,30 +100,44 @@ class EngineConfig:
     """Tokens in a KV page: a power of two from 8 to 128."""
     prefill_buckets: tuple[int, ...] = DEFAULT_PREFILL_BUCKETS
     """Prompt sizes with a graph, ascending, cut to the context; the last one is the chunk size of longer prompts."""
-    precapture_lengths: tuple[int, ...] = ()
-    """Exact prompt lengths that get a graph of their own besides the buckets."""
+    precapture_lengths: Lengths = ()
+    """Prompt lengths that get a graph of their own at start besides the buckets: numbers, ranges such as ``"1-50"``."""
     max_graphs: int = 50
-    """Most graphs captured at start: decode first, then buckets, then exact lengths. What is left out runs padded or
-    eagerly."""
+    """Most graphs at any time: decode first, then buckets, then exact lengths; what prompts ask for later takes the
+    place of what was not used for longest. What has no graph runs padded or eagerly."""
+    graph_memory: int | str = "128MiB"
+    """Most device memory of all graphs together."""
     graphs: bool = True
     """Capture and replay graphs; False runs every step eagerly."""
+    graph_scope: str = "step"
+    """What a graph holds: ``step``, everything; ``static``, only the ops that compute the same every time, with the
+    dynamic ones launched between such graphs (for comparison)."""
+    rolling: bool = True
+    """Capture the lengths that prompts really have, while serving; False keeps the graphs of the start."""
+    device_loop: bool = True
+    """Decode a lone stream in loops on the device, one launch for up to 64 tokens; False launches every step."""
+    batch_invariant: bool = False
+    """A stream's tokens do not depend, bit for bit, on its neighbours, on padding or on the path its steps take."""
     ops: str = "auto"
     """Kernels: ``torch`` (plain PyTorch), ``mixed`` (Triton for dynamic ops, PyTorch for static ones), ``jit`` (Triton
-    for all but matrix products); ``auto`` is ``jit`` on CUDA and ``torch`` on the CPU."""
+    for all but large matrix products), ``jit-all`` (Triton for those as well); ``auto`` is ``jit`` on CUDA and
+    ``torch`` on the CPU."""
     fused_sampling: bool = True
     """Sampling and append inside the step's graph; False runs them eagerly after it."""
+    strict: bool = False
+    """A kernel compilation after ready is an error instead of a counted pause."""
 
     def __post_init__(self) -> None:
-        for name in ("prefill_buckets", "precapture_lengths"):
+        value = self.prefill_buckets
+        listed = isinstance(value, (list, tuple)) and all(_is_whole(n) for n in value)
+        self._require(listed, f"prefill_buckets must be a list of whole numbers, not {value!r}")
+        object.__setattr__(self, "prefill_buckets", tuple(value))
+        for name in ("max_model_len", "kv_window", "kv_sinks", "max_streams", "page_size", "max_graphs"):
             value = getattr(self, name)
-            listed = isinstance(value, (list, tuple)) and all(_is_whole(n) for n in value)
-            self._require(listed, f"{name} must be a list of whole numbers, not {value!r}")
-            object.__setattr__(self, name, tuple(value))
-        for name in ("max_model_len", "max_streams", "page_size", "max_graphs"):
-            value = getattr(self, name)
-            optional = name == "max_model_len" and value is None
+            optional = name in ("max_model_len", "kv_window") and value is None
             self._require(optional or _is_whole(value), f"{name} must be a whole number, not {value!r}")
-        for name in ("graphs", "fused_sampling"):
+        switches = ("graphs", "fused_sampling", "strict", "rolling", "device_loop", "batch_invariant")
+        for name in switches:
             value = getattr(self, name)
             self._require(isinstance(value, bool), f"{name} must be true or false, not {value!r}")
         self._require(self.dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
@@ -129,11 +151,16 @@ class EngineConfig:
         self._require(
             list(buckets) == sorted(set(buckets)), f"prefill_buckets must ascend without repeats, not {buckets}"
         )
-        exact = self.precapture_lengths
-        self._require(
-            all(1 <= n <= buckets[-1] for n in exact),
-            f"precapture_lengths must lie between 1 and the largest bucket ({buckets[-1]}), not {exact}",
-        )
+        scopes = ", ".join(GRAPH_SCOPES)
+        known = self.graph_scope in GRAPH_SCOPES
+        self._require(known, f"graph_scope must be one of {scopes}, not {self.graph_scope!r}")
+        parse_lengths(self.precapture_lengths, buckets, "precapture_lengths")
+        parse_size(self.graph_memory, "graph_memory")
+        self._require(self.kv_sinks >= 0, f"kv_sinks must be 0 or more, not {self.kv_sinks}")
+        if self.kv_window is not None:
+            self._require(self.max_model_len is None, "kv_window and max_model_len exclude each other: give one")
+            least = self.kv_sinks + 16
+            self._require(self.kv_window >= least, f"kv_window must be at least {least}, not {self.kv_window}")
         self._require(self.max_graphs >= 0, f"max_graphs must be 0 or more, not {self.max_graphs}")
         if self.max_model_len is not None:
             self._require(self.max_model_len >= 2, f"max_model_len must be at least 2, not {self.max_model_len}")

@@ -35,5 +35,9 @@ class DeviceError(JitgraphError):
     """The device asked for is absent or cannot run what was asked."""
 
 
+class CompileError(DeviceError):
+    """A kernel that does not compile for the device, or that was to be compiled where strictness forbids it."""
+
+
 class OutputError(JitgraphError):
     """A file or folder that cannot be written."""

@@ -6,13 +6,10 @@ share steps, whoever asks first.
 
 from __future__ import annotations
 
-import math
 import resource
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,106 +18,18 @@ import torch
 from jitgraph.config import EngineConfig
 from jitgraph.engine.engine import Engine
 from jitgraph.errors import CheckpointError, ConfigError, RequestError
-from jitgraph.graphs.key import Phase
+from jitgraph.graphs.key import Path as StepPath
+from jitgraph.graphs.key import Phase, Sampling
+from jitgraph.idle import IdleThread
 from jitgraph.locks import FairLock
 from jitgraph.model.device import resolve_device
 from jitgraph.model.generation import generation_defaults
 from jitgraph.model.loader import LoadedModel, load_model
+from jitgraph.stream import DETOKENIZER_TAIL, Live, Stream, StreamChunk
 from jitgraph.text.detokenize import IncrementalDetokenizer
 from jitgraph.text.prompts import Prompt, as_prompts, token_ids
 from jitgraph.text.tokenizer import Tokenizer, bundled_tokenizer_folder
-from jitgraph.types import FinishReason, Request, RequestOutput, SamplingParams, Timings, TokenChunk, TokenLogprobs
-
-DETOKENIZER_TAIL = 64
-"""Last prompt ids shown to the detokenizer: it needs the last 8 visible ones to know how the text continues."""
-
-
-@dataclass(frozen=True)
-class StreamChunk:
-    """One token's worth of a stream."""
-
-    text: str
-    """New text, safe to show: never half a character, never the beginning of a stop string."""
-    token_id: int
-    time_ns: int
-    """``time.perf_counter_ns`` at which the host read the token."""
-    finish_reason: FinishReason | None = None
-    logprobs: TokenLogprobs | None = None
-
-
-@dataclass
-class _Live:
-    """A request on its way: its text, its times, and what its reader has not taken yet."""
-
-    request: Request
-    submitted_ns: int
-    detokenizer: IncrementalDetokenizer | None
-    pending: deque[StreamChunk] = field(default_factory=deque)
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    times_ns: list[int] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-
-    def output(self) -> RequestOutput:
-        """Everything at the end of the request."""
-        assert self.finish_reason is not None
-        gaps = tuple((b - a) / 1e6 for a, b in pairwise(self.times_ns))
-        if self.times_ns:
-            ttft, latency = ((t - self.submitted_ns) / 1e6 for t in (self.times_ns[0], self.times_ns[-1]))
-        else:  # cancelled before its first token
-            ttft = latency = math.nan
-        return RequestOutput(
-            prompt_token_ids=self.request.prompt_token_ids,
-            text=self.detokenizer.text if self.detokenizer else "",
-            token_ids=tuple(self.token_ids),
-            finish_reason=self.finish_reason,
-            timings=Timings(ttft, gaps, latency),
-            logprobs=tuple(self.logprobs) if self.request.params.logprobs is not None else None,
-        )
-
-
-class Stream:
-    """One request's tokens as they come: an iterator that may be closed.
-
-    ``close`` (or leaving a ``with`` block, or dropping the stream) cancels the request at its next step.
-    """
-
-    def __init__(self, llm: LLM, live: _Live) -> None:
-        self._llm = llm
-        self._live = live
-        self._closed = False
-
-    def __iter__(self) -> Stream:
-        return self
-
-    def __next__(self) -> StreamChunk:
-        while not self._live.pending:
-            if self._closed or self._live.finish_reason is not None:
-                self.close()
-                raise StopIteration
-            self._llm._step()
-        return self._live.pending.popleft()
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        """Why the request ended; None while it runs."""
-        return self._live.finish_reason
-
-    def close(self) -> None:
-        """Cancels the request if it still runs. May be called more than once."""
-        if not self._closed:
-            self._closed = True
-            self._llm._forget([self._live])
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if not self._closed:
-            self._llm._abandoned.append(self._live)  # no lock here: a collection may run while this thread holds it
+from jitgraph.types import FinishReason, Request, RequestOutput, SamplingParams, TokenChunk
 
 
 class LLM:
@@ -129,6 +38,10 @@ class LLM:
     ``model`` is a checkpoint folder, a hub id or a preset (``llama-2-7b``, ``llama-3.1-8b``, ``qwen2.5-0.5b``,
     ``tiny``); presets other than ``tiny`` need ``weights="random"``. Further keyword arguments are the fields of
     ``jitgraph.config.EngineConfig``. ``progress(phase, done, total)`` hears about loading, warming up and capturing.
+
+    While it captures graphs, other code of this process must not wait for the whole GPU (``torch.cuda.synchronize``):
+    CUDA refuses that as long as any stream is being captured. Streams and events may be waited for. ``settle`` returns
+    when nothing is left to capture, and ``rolling=False`` captures nothing after the start.
 
     Raises:
         CheckpointError, ConfigError, CapacityError, DeviceError: one sentence that says what to do.
@@ -159,11 +72,13 @@ class LLM:
         self.unsupported_defaults = defaults.unsupported
         """Settings of ``generation_config.json`` that this engine does not have, as ``name value``."""
         self._lock = FairLock()
-        self._live: dict[int, _Live] = {}
-        self._abandoned: deque[_Live] = deque()
+        self._live: dict[int, Live] = {}
+        self.abandoned: deque[Live] = deque()
         self._next_id = 0
         self._running: Engine | None = Engine(loaded.spec, loaded.weights, config, loaded.spec.eos_token_ids, progress)
         self._ready_ms = {"load": load_ms, **self._running.ready.phases_ms}
+        self._idle = IdleThread(self._work_while_idle)
+        self._idle.wake()
 
     @property
     def _engine(self) -> Engine:
@@ -202,16 +117,19 @@ class LLM:
         batch = as_prompts(prompts)
         each = _as_params(params, len(batch), self.default_params())
         requests = [(self._encode(prompt), one) for prompt, one in zip(batch, each, strict=True)]
-        live: list[_Live] = []
+        live: list[Live] = []
         with self._lock:
             for one in [self._make(ids, one) for ids, one in requests]:
                 self._submit(one)
                 live.append(one)
+            self._engine.launch()
+            for one in live:
+                self._add_text(one)
         try:
             while any(one.finish_reason is None for one in live):
-                self._step()
+                self.step()
         finally:
-            self._forget(live)
+            self.forget(live)
         return [one.output() for one in live]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
@@ -219,10 +137,24 @@ class LLM:
 
         The request is handed over at the call, not at the first ``next``. Raises as ``generate`` does.
         """
-        ids = self._encode(prompt)
+        started = time.perf_counter_ns()
+        params = params or self._default_params
+        ids: list[int] | tuple[int, ...] = prompt if type(prompt) is list else self._encode(prompt)
+        if params.stop:
+            self.tokenizer  # noqa: B018 - without one there is no text to look for them in, and this says so
         with self._lock:
-            live = self._make(ids, params or self.default_params())
-            self._submit(live)
+            shot = self._engine.fire(ids, params)  # the GPU works from here on, if it was idle
+            self._next_id += 1
+            request = Request(self._next_id, token_ids(ids), params)
+            if shot is not None:
+                self._engine.book(request, shot)
+            else:
+                self._drop_abandoned()
+                self._engine.submit(request)
+                self._engine.launch()
+            live = Live(request, started)
+            self._live[request.request_id] = live
+            self._add_text(live)
         return Stream(self, live)
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
@@ -232,36 +164,44 @@ class LLM:
             raise RequestError("the prompt is empty: give at least one character")
         return tuple(self.tokenizer.encode(prompt))
 
-    def _make(self, ids: tuple[int, ...], params: SamplingParams) -> _Live:
+    def _make(self, ids: tuple[int, ...], params: SamplingParams) -> Live:
         """A request that is valid but not handed over yet. The caller holds the lock."""
         started = time.perf_counter_ns()
         self._next_id += 1
         request = Request(self._next_id, ids, params)
         self._engine.validate(request)
-        detokenizer = None
-        if self._tokenizer is not None or params.stop:
-            detokenizer = IncrementalDetokenizer(
-                self.tokenizer, ids[-DETOKENIZER_TAIL:], params.stop, params.min_tokens
-            )
-        return _Live(request, started, detokenizer)
+        if params.stop:
+            self.tokenizer  # noqa: B018 - without one there is no text to look for them in, and this says so
+        return Live(request, started)
 
-    def _submit(self, live: _Live) -> None:
+    def _add_text(self, live: Live) -> None:
+        """Makes the request's detokenizer; the GPU need not wait for it."""
+        if self._tokenizer is not None:
+            prompt, params = live.request.prompt_token_ids, live.request.params
+            live.detokenizer = IncrementalDetokenizer(
+                self._tokenizer, prompt[-DETOKENIZER_TAIL:], params.stop, params.min_tokens
+            )
+
+    def _submit(self, live: Live) -> None:
         """Hands a request over. The caller holds the lock."""
         self._drop_abandoned()
         self._engine.enqueue(live.request)
         self._live[live.request.request_id] = live
 
-    def _forget(self, live: list[_Live]) -> None:
+    def forget(self, live: list[Live]) -> None:
+        """Cancels what still runs of these requests; streams call it when they are closed."""
         with self._lock:
             self._drop_abandoned()
             for one in live:
                 self._end(one)
+            if not self._live:
+                self._idle.wake()
 
     def _drop_abandoned(self) -> None:
-        while self._abandoned:
-            self._end(self._abandoned.popleft())
+        while self.abandoned:
+            self._end(self.abandoned.popleft())
 
-    def _end(self, live: _Live) -> None:
+    def _end(self, live: Live) -> None:
         """Takes a request out of the books, out of the engine too if it still runs. The caller holds the lock."""
         self._live.pop(live.request.request_id, None)
         if live.finish_reason is None:
@@ -269,7 +209,26 @@ class LLM:
             if self._running is not None:
                 self._running.cancel(live.request.request_id)
 
-    def _step(self) -> None:
+    def _work_while_idle(self) -> bool:
+        """One piece of the engine's idle work, for the idle thread; whether there is more."""
+        with self._lock:
+            return self._running is not None and not self._live and self._running.work_while_idle()
+
+    def settle(self, timeout_s: float = 60.0) -> bool:
+        """Waits until the engine has captured all that recent prompts asked for; False where time ran out.
+
+        Nothing needs it: captures are made while nobody waits. Measurements that want them done before may call it.
+        """
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            with self._lock:
+                if not self._engine.idle_work:
+                    return True
+                self._engine.work_while_idle()
+        return False
+
+    def step(self) -> None:
+        """Waits for the next tokens of any request, and gives each stream its own. Streams and ``generate`` call it."""
         with self._lock:
             self._drop_abandoned()
             for chunk in self._engine.step():
@@ -279,7 +238,7 @@ class LLM:
                     if live.finish_reason is not None:
                         del self._live[chunk.request_id]
 
-    def _take(self, live: _Live, chunk: TokenChunk) -> None:
+    def _take(self, live: Live, chunk: TokenChunk) -> None:
         """Adds a token to its request: text, times, stop strings."""
         if chunk.token_id is None:
             live.finish_reason = chunk.finish_reason
@@ -313,8 +272,12 @@ class LLM:
             "kernels": engine.ops.describe(),
             "emulated": engine.emulated,
             "graphs": engine.config.graphs,
+            "graph_scope": engine.config.graph_scope,
+            "batch_invariant": engine.config.batch_invariant,
+            "device_loop": [kind.value for kind in (Sampling.GREEDY, Sampling.FULL) if kind in engine.runner.loops],
+            "kv_window": engine.config.kv_window,
             "fused_sampling": engine.config.fused_sampling,
-            "max_model_len": engine.sizing.max_model_len,
+            "max_model_len": engine.sizing.max_model_len if engine.sizing.window is None else None,
             "kv_cache_bytes": engine.cache.data.nbytes,
             "arena_bytes": engine.buffers.arena.nbytes,
         }
@@ -323,8 +286,9 @@ class LLM:
         """Which path steps took and why, compiles on the request path (all since ready or ``reset_stats``), and
         sizes."""
         engine, paths = self._engine, self._engine.dispatcher.paths
+        store = engine.store.counters
         by_phase = {phase: {path.value: count for (p, path), count in paths.items() if p is phase} for phase in Phase}
-        total: dict[str, int] = {"exact": 0, "padded": 0, "eager": 0}
+        total = {path.value: 0 for path in StepPath}
         for counts in by_phase.values():
             for path, count in counts.items():
                 total[path] += count
@@ -335,7 +299,17 @@ class LLM:
             "decode_paths": by_phase[Phase.DECODE],
             "reasons": {reason.name.lower(): count for reason, count in engine.dispatcher.reasons.items()},
             "steps": engine.runner.steps,
-            "captures": engine.captures,
+            "launches": engine.runner.launches,
+            "loops": engine.runner.loops.launched,
+            "loop_reasons": {reason.name.lower(): count for reason, count in engine.runner.loops.reasons.items()},
+            "ready_graphs": len(engine.store.ready_keys),
+            "graph_bytes": engine.store.budget.nbytes,
+            "captures": store.captures,
+            "recaptures": store.recaptures,
+            "evictions": store.evictions,
+            "captures_abandoned": store.abandoned,
+            "capture_failures": dict(store.failures),
+            "thrash_alarms": store.thrash_alarms,
             "compiles_after_ready": engine.compiles_after_ready,
             "graphs_left_out": [str(key) for key in engine.ready.left_out],
             "capture_pool_bytes": engine.ready.pool_bytes,
@@ -357,8 +331,9 @@ class LLM:
                 return
             for live in list(self._live.values()):
                 self._end(live)
-            engine.drain()
+            engine.close()
             self._running = None
+            self._idle.stop()
             del engine
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

@@ -15,14 +15,16 @@ class FairLock:
     """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._guard = threading.Lock()
-        self._held = False
         self._waiting: deque[threading.Lock] = deque()
 
     def __enter__(self) -> FairLock:
+        # Mostly nobody else is there; a thread that comes while others wait joins their queue.
+        if not self._waiting and self._lock.acquire(blocking=False):
+            return self
         with self._guard:
-            if not self._held:
-                self._held = True
+            if not self._waiting and self._lock.acquire(blocking=False):
                 return self
             turn = threading.Lock()
             turn.acquire()
@@ -45,7 +47,8 @@ class FairLock:
             self._hand_on()
 
     def _hand_on(self) -> None:
+        """The lock itself stays taken while it goes from hand to hand."""
         if self._waiting:
             self._waiting.popleft().release()
         else:
-            self._held = False
+            self._lock.release()

@@ -6,9 +6,12 @@ All records are frozen and validate themselves, so that whatever crosses a floor
 from __future__ import annotations
 
 import enum
+import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
 
 from jitgraph.errors import RequestError
 
@@ -16,11 +19,20 @@ MAX_STOP_TOKEN_IDS = 32
 """Stop token ids per request, EOS ids included: the width of a slot's stop list on the device."""
 MAX_LOGPROBS = 20
 """Most alternatives per token whose log-probabilities can be asked for (OpenAI's own limit)."""
+MAX_LOGIT_BIAS = 300
+"""Biased ids per request (OpenAI's own limit): the width of a slot's bias list on the device."""
 MAX_SEED = 2**64 - 1
 MAX_TOKENS = 2**31 - 1
 MIN_TEMPERATURE = 1e-5
 """Below this, dividing logits by the temperature loses them to rounding or overflow, and the choice is argmax
 anyway."""
+MIN_REPETITION_PENALTY = 0.01
+"""Below this a divided logit comes near the end of float32."""
+MAX_REPETITION_PENALTY = 10.0
+MAX_PENALTY = 2.0
+"""Presence and frequency penalties lie between minus this and this (OpenAI's own limits)."""
+MAX_BIAS = 100.0
+"""A bias lies between minus this and this: either end as good as bars an id or forces it."""
 
 
 class FinishReason(str, enum.Enum):
@@ -45,12 +57,38 @@ def _as_tuple(value: object, name: str) -> tuple[Any, ...]:
     return tuple(value)
 
 
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _bias_entries(value: object) -> tuple[tuple[int, float], ...]:
+    """A mapping, or pairs, of ids and biases as pairs ascending by id."""
+    if isinstance(value, Mapping):
+        value = tuple(value.items())
+    if not isinstance(value, (list, tuple)):
+        raise RequestError(f"logit_bias must map token ids to numbers, not be {value!r}")
+    _check(len(value) <= MAX_LOGIT_BIAS, f"logit_bias has {len(value)} entries; {MAX_LOGIT_BIAS} are possible")
+    for entry in value:
+        pair = isinstance(entry, (list, tuple)) and len(entry) == 2
+        _check(pair, f"each entry of logit_bias must be a token id and a number, not {entry!r}")
+        token, bias = entry
+        ok = isinstance(token, int) and not isinstance(token, bool) and 0 <= token < 2**31
+        _check(ok, f"each token id of logit_bias must be a whole number from 0 up, not {token!r}")
+        ok = _is_finite(bias) and -MAX_BIAS <= bias <= MAX_BIAS
+        _check(ok, f"the logit_bias of token {token} must be between {-MAX_BIAS:g} and {MAX_BIAS:g}, not {bias!r}")
+    entries = tuple(sorted((token, float(bias)) for token, bias in value))
+    for (token, _), (following, _) in itertools.pairwise(entries):
+        _check(token != following, f"logit_bias has token {token} twice")
+    return entries
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How to turn logits into tokens, and when to stop.
 
-    The order is temperature, top-k, top-p (over what top-k left), min-p; values tied with a threshold are kept.
-    The defaults are greedy decoding.
+    The order, on float32 logits: repetition penalty, frequency penalty, presence penalty, bias, stop ids barred below
+    ``min_tokens``; then temperature, top-k, top-p (over what top-k left), min-p; values tied with a threshold are
+    kept. Log-probabilities are those of the logits before all of this. The defaults are greedy decoding.
 
     Raises:
         RequestError: a value out of its range, with the range in the message.
@@ -68,6 +106,15 @@ class SamplingParams:
     """Keep the smallest set of most likely tokens whose probability reaches this; 1 keeps all."""
     min_p: float = 0.0
     """Keep tokens at least this fraction as likely as the most likely one; 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Logits of ids in the prompt or the output: divided by this where above 0, else multiplied; 0.01 to 10, 1 is
+    off."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logits of ids in the output; -2 to 2."""
+    frequency_penalty: float = 0.0
+    """Subtracted from an id's logit for each time it stands in the output; -2 to 2."""
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    """Added to the logits of these ids; -100 to 100, at most ``MAX_LOGIT_BIAS`` ids. Kept as pairs ascending by id."""
     seed: int | None = None
     """Same seed, same logits: same tokens, in any batch. None draws a fresh seed for the request."""
     stop: tuple[str, ...] = ()
@@ -83,16 +130,17 @@ class SamplingParams:
         given: object = self.stop  # callers without a type checker pass one string
         object.__setattr__(self, "stop", (given,) if isinstance(given, str) else _as_tuple(given, "stop"))
         object.__setattr__(self, "stop_token_ids", _as_tuple(self.stop_token_ids, "stop_token_ids"))
+        object.__setattr__(self, "logit_bias", _bias_entries(self.logit_bias))
         _check(isinstance(self.ignore_eos, bool), f"ignore_eos must be true or false, not {self.ignore_eos!r}")
         for name in ("max_tokens", "min_tokens", "top_k"):
             value = getattr(self, name)
             _check(
                 isinstance(value, int) and not isinstance(value, bool), f"{name} must be a whole number, not {value!r}"
             )
-        for name in ("temperature", "top_p", "min_p"):
+        penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+        for name in ("temperature", "top_p", "min_p", *penalties):
             value = getattr(self, name)
-            ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            _check(ok, f"{name} must be a finite number, not {value!r}")
+            _check(_is_finite(value), f"{name} must be a finite number, not {value!r}")
         _check(
             1 <= self.max_tokens <= MAX_TOKENS, f"max_tokens must be at least 1 and below 2**31, not {self.max_tokens}"
         )
@@ -104,6 +152,15 @@ class SamplingParams:
         _check(0 <= self.top_k < 2**31, f"top_k must be 0 (off) or a positive number, not {self.top_k}")
         _check(0.0 < self.top_p <= 1.0, f"top_p must be above 0 and at most 1, not {self.top_p}")
         _check(0.0 <= self.min_p <= 1.0, f"min_p must be between 0 and 1, not {self.min_p}")
+        _check(
+            MIN_REPETITION_PENALTY <= self.repetition_penalty <= MAX_REPETITION_PENALTY,
+            f"repetition_penalty must be between {MIN_REPETITION_PENALTY:g} and {MAX_REPETITION_PENALTY:g} "
+            f"(1 is off), not {self.repetition_penalty}",
+        )
+        for name in penalties[1:]:
+            value = getattr(self, name)
+            ok = -MAX_PENALTY <= value <= MAX_PENALTY
+            _check(ok, f"{name} must be between {-MAX_PENALTY:g} and {MAX_PENALTY:g}, not {value}")
         if self.seed is not None:
             ok = isinstance(self.seed, int) and not isinstance(self.seed, bool) and 0 <= self.seed <= MAX_SEED
             _check(ok, f"seed must be a whole number from 0 to 2**64-1, not {self.seed!r}")
@@ -122,11 +179,35 @@ class SamplingParams:
                 ok and 0 <= self.logprobs <= MAX_LOGPROBS,
                 f"logprobs must be between 0 and {MAX_LOGPROBS}, not {self.logprobs!r}",
             )
+        _ = self.kernel_ints, self.kernel_floats  # worked out here, not on the path to a first token
+
+    @cached_property
+    def kernel_ints(self) -> tuple[int, int]:
+        """Top-k and the number of alternatives to report (-1: no report), as kernels read them."""
+        return self.top_k, -1 if self.logprobs is None else self.logprobs
+
+    @cached_property
+    def kernel_floats(self) -> tuple[float, float, float, float, float, float]:
+        """Temperature (0 is greedy), top-p, min-p, and repetition, presence and frequency penalty, as kernels read
+        them."""
+        temperature = 0.0 if self.coldest else self.temperature
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return temperature, self.top_p, self.min_p, *penalties
 
     @property
     def greedy(self) -> bool:
-        """True where the lean greedy graph serves: no randomness and no log-probabilities wanted."""
-        return self.coldest and self.logprobs is None
+        """True where the lean greedy graph serves: no randomness, penalties, bias or log-probabilities wanted."""
+        return self.coldest and self.logprobs is None and not self.penalised and not self.logit_bias
+
+    @property
+    def penalised(self) -> bool:
+        """True where the choice depends on the ids seen before, so that the device must keep a history of them."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
+    def bias_entries(self) -> tuple[tuple[int, float], ...]:
+        """``logit_bias`` as it is kept: (id, bias), ascending by id."""
+        return cast(tuple[tuple[int, float], ...], self.logit_bias)
 
     @property
     def coldest(self) -> bool:

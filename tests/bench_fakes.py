@@ -50,6 +50,9 @@ class FakeCase:
     def describe(self) -> dict[str, Any]:
         return {"engine": "fake", "emulated": True}
 
+    def attribution(self, token_ids: list[int]) -> dict[str, float]:
+        return {"launches_per_step": self.base, "host_us_per_step": self.base / 100}
+
     def close(self) -> None:
         pass
 
@@ -93,7 +96,7 @@ class FakeLauncher:
         writer = RawWriter(Path(job.folder), job.case)
         meter = Meter(job.case, subject, job.the_plan, job.prompts, writer, lambda done: None, job.deadline_s)
         meter.sleep = lambda seconds: None
-        facts = {**subject.describe(), "ungated": job.reference is None}
+        facts = {**subject.describe(), "ungated": job.reference is None, "attribution": subject.attribution([1])}
         try:
             meter.cold(1.5, None if job.reference is None else references_from_json(job.reference))
             meter.timed()
@@ -112,5 +115,6 @@ def fast_and_slow() -> FakeLauncher:
     """Every case runs, but TensorRT-LLM is not installed; the hybrid is the fastest."""
     bases = {"baseline": 20.0, "cuda-graph": 9.0, "jit": 12.0, "hybrid": 5.0}
     cases: dict[str, FakeCase | CaseUnavailable] = {name: FakeCase(base) for name, base in bases.items()}
+    cases |= {"jit-all": FakeCase(15.0), "split": FakeCase(7.0)}
     cases["tensorrt-llm"] = CaseUnavailable("not installed", "not installed: run the script")
     return FakeLauncher(cases)

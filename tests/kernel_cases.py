@@ -12,7 +12,7 @@ import json
 import pkgutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,10 +20,12 @@ import torch
 from jitgraph import ops
 from jitgraph.jit.compile_only import CompileReport, compile_only
 from jitgraph.jit.kernel import Kernel
-from jitgraph.ops import attention, elementwise, sampling
-from jitgraph.ops.reference import Rope
+from jitgraph.ops import attention, elementwise, linear, prefill_fused, sampling
+from jitgraph.ops.inbox import InboxLayout
+from jitgraph.ops.reference import Rolling, Rope
+from jitgraph.ops.reference_linear import LinearScratch
 from jitgraph.ops.ring import RING_FIELDS
-from jitgraph.ops.select import Ops
+from jitgraph.ops.select import op_names
 from jitgraph.ops.slots import BLOCK_TABLE, SlotTable
 from jitgraph.types import MAX_LOGPROBS
 
@@ -44,6 +46,8 @@ class Layout:
     qk_norm: bool = False
     window: int = 0
     dynamic: bool = False
+    rolling: bool = False
+    """The rolling KV window, of all the context."""
     float32: bool = True
     """Compiled in float32 too: full precision products are slow to compile, and layouts differ little."""
 
@@ -55,6 +59,8 @@ LAYOUTS = (
     Layout("mistral-7b, window", 4096, 14336, 32, 8, 128, 32000, window=4096),
     Layout("qwen2.5-0.5b", 896, 4864, 14, 2, 64, 151936),
     Layout("qwen3-0.6b", 1024, 3072, 16, 8, 128, 151936, qk_norm=True),
+    Layout("llama-2-7b, rolling window", 4096, 11008, 32, 32, 128, 32000, rolling=True),
+    Layout("qwen3-0.6b, rolling window", 1024, 3072, 16, 8, 128, 151936, qk_norm=True, rolling=True),
 )
 
 
@@ -77,7 +83,12 @@ class Cases:
     def floats(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=torch.float32, device="meta")
 
-    def run(self, op: Callable[..., None], *args: Any) -> None:
+    def run(self, op: Callable[..., Any], *args: Any) -> None:
+        """Launches an op, and notes its kernels under its name."""
+        self.ops.setdefault(op.__name__, set()).update(self.launch(op, *args))
+
+    def launch(self, op: Callable[..., Any], *args: Any) -> set[str]:
+        """Compiles what a call launches; the names of its kernels."""
         launched: set[str] = set()
         add = self.report.add
 
@@ -91,13 +102,14 @@ class Cases:
             op(*args)
         finally:
             self.report.add = add  # type: ignore[method-assign]
-        self.ops.setdefault(op.__name__, set()).update(launched)
+        return launched
 
 
 def compile_layout(cases: Cases, layout: Layout, token_counts: tuple[int, ...], sampling_rows: tuple[int, ...]) -> None:
     """All ops of a layout, for integers of each class that Triton tells apart (1, a multiple of 16, others)."""
     pages = CONTEXT // PAGE
     slots = SlotTable(cases.ints(STREAMS + 1, (BLOCK_TABLE + pages + 3) // 4 * 4), pages)
+    compile_receive(cases, slots, token_counts[-1])
     for tokens in token_counts:
         inputs = [cases.ints(tokens) for _ in range(3)]
         where = [cases.ints(1) for _ in range(3)]
@@ -109,16 +121,68 @@ def compile_layout(cases: Cases, layout: Layout, token_counts: tuple[int, ...], 
         compile_decode(cases, layout, slots, rows)
     for rows in sampling_rows:
         compile_sampling(cases, layout, slots, rows)
+        compile_note_prompt(cases, layout, slots, rows)
+
+
+def compile_receive(cases: Cases, slots: SlotTable, chunk: int) -> None:
+    """The inputs of a chunk's step and of a decode step."""
+    layout = InboxLayout(slots.stride, chunk)
+    launches = torch.empty(1, dtype=torch.int64, device="meta")
+    for prompt in (False, True):
+        inputs = cases.ints(layout.width)
+        cases.run(elementwise.receive, cases.ints(32, layout.width), launches, 0, layout, prompt, inputs, slots)
 
 
 def compile_layers(cases: Cases, layout: Layout, tokens: int) -> None:
+    """Embedding, and what stands beside the products of a library: norms and activation."""
     hidden = layout.hidden
     x, residual, out, weight = (cases.half(tokens, hidden) for _ in range(4))
     cases.run(elementwise.embed, cases.ints(tokens), cases.half(layout.vocabulary, hidden), out)
-    cases.run(elementwise.rms_norm, x, weight[0], 1e-5, out)
-    cases.run(elementwise.add_rms_norm, x, residual, weight[0], 1e-5, out)
+    cases.launch(elementwise.rms_norm, x, weight[0], 1e-5, out)
+    cases.launch(elementwise.add_rms_norm, x, residual, weight[0], 1e-5, out)
     gate_up = cases.half(tokens, 2 * layout.intermediate)
-    cases.run(elementwise.silu_mul, gate_up, cases.half(tokens, layout.intermediate))
+    cases.launch(elementwise.silu_mul, gate_up, cases.half(tokens, layout.intermediate))
+
+
+STANDARD = linear.Products(library=True, vector=True)
+INVARIANT = linear.Products(library=False, vector=False)
+SMALL = Layout("small and odd", 72, 104, 3, 1, 24, 203)
+"""Neither multiples of the tiles nor powers of two."""
+
+
+def compile_products(cases: Cases, layout: Layout) -> None:
+    """Every product of a model for one token and for few, and the tiles of the batch-invariant mode."""
+    for tokens in (1, 10):
+        compile_norm_linear(cases, layout, tokens)
+        compile_mlp(cases, STANDARD, layout, tokens)
+    for tokens in (10, 64, 200):
+        compile_mlp(cases, INVARIANT, layout, tokens)
+
+
+def compile_mlp(cases: Cases, product: linear.Products, layout: Layout, tokens: int) -> None:
+    """Gate and up together, then down."""
+    hidden, intermediate = layout.hidden, layout.intermediate
+    residual, normed, norm = cases.half(tokens, hidden), cases.half(tokens, hidden), cases.half(hidden)
+    gate_up, activated = cases.half(tokens, 2 * intermediate), cases.half(tokens, intermediate)
+    up, down = cases.half(2 * intermediate, hidden), cases.half(hidden, intermediate)
+    scratch = product_scratch(cases, hidden)
+    cases.run(product.norm_gated, None, residual, norm, 1e-5, up, None, normed, gate_up, activated, scratch)
+    cases.run(product.linear_add, activated, down, None, normed, residual, scratch)
+
+
+def compile_norm_linear(cases: Cases, layout: Layout, tokens: int) -> None:
+    """Q, K and V together, with and without a bias, and the LM head."""
+    hidden, heads = layout.hidden, layout.heads + 2 * layout.kv_heads
+    residual, normed, norm = cases.half(tokens, hidden), cases.half(tokens, hidden), cases.half(hidden)
+    qkv = heads * layout.head_dim
+    for outputs, bias in ((qkv, None), (qkv, cases.half(qkv)), (layout.vocabulary, None)):
+        weight, out = cases.half(outputs, hidden), cases.half(tokens, outputs)
+        where = (normed, out, product_scratch(cases, outputs))
+        cases.run(STANDARD.norm_linear, None, residual, norm, 1e-5, weight, bias, *where)
+
+
+def product_scratch(cases: Cases, outputs: int) -> LinearScratch:
+    return LinearScratch(cases.floats(linear.partial_words(outputs)), cases.ints(linear.arrival_words(outputs)))
 
 
 def compile_attention(cases: Cases, layout: Layout, slots: SlotTable, tokens: int) -> None:
@@ -129,9 +193,22 @@ def compile_attention(cases: Cases, layout: Layout, slots: SlotTable, tokens: in
     positions, token_slot = cases.ints(tokens), cases.ints(tokens)
     dynamic = {"dynamic_original": CONTEXT, "dynamic_base": 1e4, "dynamic_factor": 2.0} if layout.dynamic else {}
     rope = Rope(cases.floats(CONTEXT, layout.head_dim), **dynamic)
-    cases.run(elementwise.rope_append, qkv, norm, norm, 1e-6, positions, token_slot, slots, rope, cache, cache, q)
+    to = (slots, rope, cache, cache, q)
     scale = layout.head_dim**-0.5
-    cases.run(attention.prefill_attention, q, cache, cache, positions, token_slot, slots, scale, layout.window, q)
+    of_chunk = rolling_window(cases, layout, rope, 1)
+    cases.run(elementwise.rope_append, qkv, norm, norm, 1e-6, positions, token_slot, *to, of_chunk)
+    if layout.rolling:  # rows of a batch have a window each
+        of_rows = rolling_window(cases, layout, rope, tokens)
+        cases.run(elementwise.rope_append, qkv, norm, norm, 1e-6, positions, token_slot, *to, of_rows)
+    where = (positions, token_slot, slots, scale, layout.window)
+    cases.run(attention.prefill_attention, q, cache, cache, *where, q, of_chunk)
+    if not (layout.qk_norm or layout.dynamic or layout.rolling):
+        chunk = (qkv, positions, token_slot, slots, rope, cache, cache, scale, layout.window, q)
+        cases.run(prefill_fused.rope_prefill_attention, *chunk)
+
+
+def rolling_window(cases: Cases, layout: Layout, rope: Rope, rows: int) -> Rolling | None:
+    return Rolling(4, CONTEXT - 4, cases.ints(rows), rope.cos_sin) if layout.rolling else None
 
 
 def compile_decode(cases: Cases, layout: Layout, slots: SlotTable, rows: int) -> None:
@@ -141,7 +218,10 @@ def compile_decode(cases: Cases, layout: Layout, slots: SlotTable, rows: int) ->
     partial = cases.floats(rows, layout.heads, splits, layout.head_dim)
     scale, where = layout.head_dim**-0.5, (cases.ints(rows), cases.ints(rows), slots)
     lse = cases.floats(rows, layout.heads, splits)
-    cases.run(attention.decode_attention, q, cache, cache, *where, scale, layout.window, partial, lse, q)
+    arrivals = cases.ints(rows, layout.kv_heads)
+    rolling = rolling_window(cases, layout, Rope(cases.floats(CONTEXT, layout.head_dim)), rows)
+    work = (partial, lse, arrivals, q, rolling)
+    cases.run(attention.decode_attention, q, cache, cache, *where, scale, layout.window, *work)
 
 
 def compile_sampling(cases: Cases, layout: Layout, slots: SlotTable, rows: int) -> None:
@@ -150,11 +230,17 @@ def compile_sampling(cases: Cases, layout: Layout, slots: SlotTable, rows: int) 
     scratch = cases.floats(STREAMS, sampling.scratch_words(layout.vocabulary))
     top = (cases.floats(rows), cases.ints(rows, MAX_LOGPROBS), cases.floats(rows, MAX_LOGPROBS))
     cases.run(sampling.greedy, logits, *where, slots, scratch, tokens)
-    cases.run(sampling.sample, logits, *where, slots, scratch, tokens, *top)
+    history = cases.ints(STREAMS + 1, layout.vocabulary)
+    cases.run(sampling.sample, logits, *where, slots, history, scratch, tokens, *top)
     counter = torch.empty(1, dtype=torch.int64, device="meta")
     ring = torch.empty(64, STREAMS, RING_FIELDS, dtype=torch.int64, device="meta")
-    for reported in ((None, None, None), top):
-        cases.run(sampling.advance, *where, tokens, *reported, slots, counter, ring, 0)
+    for reported in ((None, None, None, slots, None), (*top, slots, history)):
+        cases.run(sampling.advance, *where, tokens, *reported, counter, ring, 0)
+
+
+def compile_note_prompt(cases: Cases, layout: Layout, slots: SlotTable, tokens: int) -> None:
+    inputs = [cases.ints(tokens) for _ in range(3)]
+    cases.run(sampling.note_prompt, *inputs, slots, cases.ints(STREAMS + 1, layout.vocabulary))
 
 
 def all_kernels() -> list[str]:
@@ -174,10 +260,13 @@ def main(arch: int, dtype: str) -> None:
             # Sampling depends on the vocabulary alone, and it is slow to compile: half precision once each.
             new = layout.vocabulary not in vocabularies and (dtype == "float16" or not vocabularies)
             vocabularies.add(layout.vocabulary)
-            compile_layout(cases, layout, (1, 10, 512) if layout is LAYOUTS[0] else (10, 512), (1, 3) if new else ())
+            counts = (1, 10, 200, 512) if layout is LAYOUTS[0] else (10, 512)
+            compile_layout(cases, layout, counts, (1, 3) if new else ())
+        for layout in (LAYOUTS[0], SMALL) if dtype == "float16" else (SMALL,):
+            compile_products(cases, layout)
     figures = ("kernel", "signature", "registers", "local_bytes", "shared_bytes", "ms")
     result = {
-        "wanted_ops": sorted({field.name for field in fields(Ops)} - {"flavour", "linear"}),
+        "wanted_ops": sorted(op_names()),
         "wanted_kernels": all_kernels(),
         "ops": {op: sorted(launched) for op, launched in cases.ops.items()},
         "binaries": [{name: getattr(binary, name) for name in figures} for binary in report.binaries],

@@ -1,13 +1,15 @@
-"""Helpers of the op tests: slot tables and paged caches whose unused memory is poison."""
+"""Helpers of the op tests: slot tables, histories and paged caches whose unused memory is poison; calls of sampling."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
-from jitgraph.ops.slots import SlotTable, encode_row
-from jitgraph.types import SamplingParams
+from jitgraph.ops import sampling
+from jitgraph.ops.slots import IN_PROMPT, SlotTable, encode_row
+from jitgraph.types import MAX_LOGPROBS, SamplingParams
 
 LAYOUTS = ((4, 4, 16), (8, 2, 32), (6, 2, 64), (4, 1, 128))
 """(query heads, KV heads, head size): plain, grouped, an odd group, one KV head."""
@@ -71,6 +73,93 @@ def int32(values: list[int], device: torch.device) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 
+def decode_workspace(
+    rows: int, hq: int, hkv: int, splits: int, dh: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``partial`` and ``partial_lse``, poisoned, and ``arrivals``, zeroed, of decode attention."""
+    partial, lse = poison(rows, hq, splits, dh, device=device), poison(rows, hq, splits, device=device)
+    return partial, lse, torch.zeros(rows, hkv, dtype=torch.int32, device=device)
+
+
 def poison(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """A tensor that must be written before it is read: NaN, or a large negative number for integers."""
     return torch.full(shape, torch.nan if dtype.is_floating_point else -(2**30), dtype=dtype, device=device)
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+Drawn = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""What ``sample`` writes: tokens, log-probabilities, ids and log-probabilities of the alternatives."""
+
+
+def history_of(
+    sequences: list[tuple[list[int], list[int]] | None], vocabulary: int, device: torch.device
+) -> torch.Tensor:
+    """History of slots with (prompt, output), made from its definition; None, and the dummy behind, are poison."""
+    history = poison(len(sequences) + 1, vocabulary, device=torch.device("cpu"), dtype=torch.int32)
+    for row, sequence in zip(history, sequences, strict=False):
+        if sequence is not None:
+            prompt, output = sequence
+            row.zero_()
+            row[prompt] = IN_PROMPT
+            for token in output:
+                row[token] += 1
+    return history.to(device)
+
+
+def scratch_for(logits: torch.Tensor) -> torch.Tensor:
+    """Poisoned scratch of a sampling op."""
+    return poison(logits.shape[0], sampling.scratch_words(logits.shape[1]), device=logits.device)
+
+
+def greedy(
+    ops: ModuleType, logits: torch.Tensor, slot: torch.Tensor, position: torch.Tensor, slots: SlotTable
+) -> torch.Tensor:
+    """Tokens of ``ops.greedy``."""
+    tokens = poison(logits.shape[0], device=logits.device, dtype=torch.int32)
+    ops.greedy(logits, slot, position, slots, scratch_for(logits), tokens)
+    return tokens
+
+
+def sample(
+    ops: ModuleType,
+    logits: torch.Tensor,
+    slot: torch.Tensor,
+    position: torch.Tensor,
+    slots: SlotTable,
+    history: torch.Tensor | None = None,
+) -> Drawn:
+    """Results of ``ops.sample``; without a history it is poison, and no slot may be PENALISED."""
+    rows, vocabulary, device = *logits.shape, logits.device
+    if history is None:
+        history = history_of([None] * slots.dummy, vocabulary, device)
+    tokens, logprobs = poison(rows, device=device, dtype=torch.int32), poison(rows, device=device)
+    ids = poison(rows, MAX_LOGPROBS, device=device, dtype=torch.int32)
+    values = poison(rows, MAX_LOGPROBS, device=device)
+    ops.sample(logits, slot, position, slots, history, scratch_for(logits), tokens, logprobs, ids, values)
+    return tokens, logprobs, ids, values
+
+
+def draws(
+    ops: ModuleType,
+    row: torch.Tensor,
+    params: SamplingParams,
+    count: int,
+    seed: int = 5,
+    stops: tuple[int, ...] = (),
+    sequence: tuple[list[int], list[int]] | None = None,
+) -> torch.Tensor:
+    """Tokens drawn at positions 1..count of one slot from the same logits ``[V]``, always with the same history."""
+    slots = sampling_slots([(params, 3, stops, seed)], row.device)
+    history = history_of([sequence], row.shape[0], row.device)
+    drawn = []
+    for first in range(1, count + 1, 10_000):
+        position = torch.arange(first, min(first + 10_000, count + 1), dtype=torch.int32, device=row.device)
+        logits = row[None].expand(position.shape[0], -1).contiguous()
+        drawn.append(sample(ops, logits, torch.zeros_like(position), position, slots, history)[0])
+    return torch.cat(drawn)
+
+
+def draw_count(device: torch.device, interpreted: int, compiled: int) -> int:
+    """How many draws a test takes: the interpreter is slow."""
+    return compiled if device.type == "cuda" else interpreted

@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.utils.flop_counter
 
-from jitgraph.bench.ceiling import _linear_weights, _linears
+from jitgraph.bench.ceiling import LinearsGraph, linear_weights, linears, model_linears
 from jitgraph.bench.ceiling_kernels import READ_GRANULE, READ_SHAPES, read_all
-from jitgraph.model.loader import find_model
+from jitgraph.model.loader import find_model, load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILE = """
@@ -49,9 +49,19 @@ def test_the_read_kernel_compiles_without_a_gpu(arch: int) -> None:
 
 def test_linears_are_the_products_of_a_step() -> None:
     spec = find_model("tiny", weights="random").spec
-    weights = _linear_weights(spec, torch.device("cpu"), torch.float32)
+    weights = linear_weights(spec, torch.device("cpu"), torch.float32)
     assert sum(weight.numel() for weight in weights) == spec.linear_parameters()
     for tokens in (1, 10):
         with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
-            _linears(weights, spec, tokens)()
+            linears(weights, tokens)()
         assert counter.get_total_flops() == spec.prefill_flops(tokens)
+
+
+def test_a_models_own_matrices_stand_in_the_same_order() -> None:
+    spec, device = find_model("tiny", weights="random").spec, torch.device("cpu")
+    own = model_linears(load_model("tiny", device=device, weights="random").weights)
+    made = linear_weights(spec, device, torch.float32)
+    assert [matrix.shape for matrix in own] == [matrix.shape for matrix in made]
+    graph = LinearsGraph(own, 5)
+    assert graph.replay_ms() > 0
+    graph.close()

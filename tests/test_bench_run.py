@@ -67,7 +67,7 @@ def test_full_run_writes_every_file_and_row(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     code, shown = run(folder, fast_and_slow())
     assert code == 0
-    for stem in FILE_STEMS.values():
+    for stem in (FILE_STEMS[case] for case in CASES):
         assert (folder / f"{stem}_ttft.csv").exists() and (folder / f"{stem}_p99.csv").exists()
     found = summary(folder)
     assert found["schema"] == 1 and found["ceiling"]["read_tb_s"] == 2.0 and found["model"]["name"] == "fake"
@@ -83,6 +83,7 @@ def test_full_run_writes_every_file_and_row(tmp_path: Path) -> None:
     assert itl["ceiling_ms"] == pytest.approx((2e9 + 42 * 1e6) / 2e9)
     assert len(cell_rows(folder, protocol="warmup", metric="ttft_ms", case="baseline")) == 2
     assert "Ceilings of Fake GPU" in shown and "JIT + CUDA graph" in shown
+    assert not list(folder.glob("ablation_*")), "nobody asked for it"
 
 
 def test_final_table_names_the_winner_and_leaves_cells_empty(tmp_path: Path) -> None:
@@ -100,6 +101,35 @@ def test_final_table_names_the_winner_and_leaves_cells_empty(tmp_path: Path) -> 
     assert text.index("interactive pacing") < text.index("sustained pacing")
     case5 = read_csv(folder / "case5_tensorrt_llm_p99.csv")
     assert len(case5) == 4 and case5[0]["note"] == "not installed: run the script" and case5[0]["mean"] == ""
+
+
+def test_the_ablation_joins_the_five_cases_and_has_a_table_of_its_own(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    run(folder, fast_and_slow())
+    five = {name: (folder / f"{name}.md").read_bytes() for name in ("final_ttft_table", "final_p99_table")}
+    code, shown = run(folder, fast_and_slow(), cases=("jit-all", "split"), pacing="interactive")
+    assert code == 0 and "What each part is worth, mean ± std, interactive pacing" in shown
+    assert five == {name: (folder / f"{name}.md").read_bytes() for name in five}, "five columns stay five"
+    table = read_csv(folder / "ablation_table.csv")
+    assert [line[""] for line in table if line["Pacing"] == "interactive"] == [
+        "TTFT at 10 tokens, ms",
+        "TTFT at 100 tokens, ms",
+        "decoding after 10 tokens, ms",
+        "decoding after 100 tokens, ms",
+        "launches per decode step",
+        "host time per decode step, µs",
+    ]
+    titles = ["CUDA graph", "JIT", "JIT for all ops", "JIT beside CUDA graphs", "JIT + CUDA graph"]
+    assert list(table[0]) == ["Pacing", "", *(f"{one} (emulated)" for one in titles), "Conditions"]
+    launches = table[4]
+    assert [launches[f"{one} (emulated)"] for one in titles] == ["9.0", "12.0", "15.0", "7.0", "5.0"]
+    assert table[5]["JIT for all ops (emulated)"] == "0.15"
+    (row,) = cell_rows(folder, case="split", protocol="p99", metric="ttft_ms", prompt_tokens=100)
+    assert table[1]["JIT beside CUDA graphs (emulated)"] == f"{row['mean']:.2f} ± {row['std']:.2f}"
+    assert table[-6]["Pacing"] == "sustained" and table[-6]["JIT beside CUDA graphs (emulated)"] == ""
+    text = (folder / "ablation_table.md").read_text(encoding="utf-8")
+    assert "| launches per decode step | 9.0 | 12.0 | 15.0 | 7.0 | 5.0 |" in text
+    assert (folder / "ablation_split_ttft.csv").exists() and (folder / "ablation_jit_all_p99.csv").exists()
 
 
 def test_average_row_is_the_mean_of_its_column(tmp_path: Path) -> None:

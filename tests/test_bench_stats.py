@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 
 from jitgraph.bench.floors import Floors, ceilings
 from jitgraph.bench.gate import Reference, mismatches, references_from_json, references_to_json
-from jitgraph.bench.plan import CASES, Options, Plan, parse_cases, parse_lengths, parse_pythons
+from jitgraph.bench.plan import (
+    ABLATION,
+    ABLATION_COLUMNS,
+    ALL_CASES,
+    CASES,
+    Options,
+    Plan,
+    parse_cases,
+    parse_lengths,
+    parse_pythons,
+)
 from jitgraph.bench.prompts import digests, make_prompts
 from jitgraph.bench.stats import summarise
 from jitgraph.errors import ConfigError
@@ -132,6 +142,9 @@ def test_prompts_are_prefixes_with_a_fingerprint() -> None:
 def test_command_line_words() -> None:
     assert parse_cases([]) == CASES == parse_cases(["all"])
     assert parse_cases(["hybrid", "baseline"]) == ("baseline", "hybrid")
+    assert parse_cases(["split", "jit-all"]) == ABLATION
+    assert set(parse_cases(["ablation"])) == set(ABLATION_COLUMNS)
+    assert parse_cases(["all", "ablation"]) == ALL_CASES
     with pytest.raises(ConfigError, match="unknown case hybird: choose from baseline, cuda-graph"):
         parse_cases(["hybird"])
     assert parse_lengths("100,10, 50") == (10, 50, 100)

@@ -56,10 +56,59 @@ def test_generate_reads_standard_input(run: Run) -> None:
     assert code == 0 and len(json.loads(out)["prompt_token_ids"]) >= 2
 
 
+def test_penalties_and_bias(run: Run) -> None:
+    words = ["generate", "--token-ids", "3,4,5", "--max-tokens", "16", "--json", *QUICK]
+
+    def tokens(*more: str) -> list[int]:
+        code, out, err = run(*words, *more)
+        assert code == 0, err
+        found: list[int] = json.loads(out)["token_ids"]
+        return found
+
+    assert tokens("--logit-bias", "9=100") == [9] * 16
+    assert tokens("--logit-bias", "9=1", "--logit-bias", "8=-100", "--presence-penalty", "2").count(9) == 1
+    assert 1 < tokens("--logit-bias", "9=1", "--frequency-penalty", "0.2").count(9) < 10
+    assert len(set(tokens("--repetition-penalty", "5"))) == 16
+    assert len(set(tokens("--presence-penalty", "-2"))) == 1
+
+
+def test_engine_settings(run: Run) -> None:
+    """Each is taken and does what it says; none changes what a greedy request gets."""
+    words = ["generate", "--token-ids", "3,4,5", "--max-tokens", "6", "--json"]
+    expected = json.loads(run(*words, *QUICK)[1])["token_ids"]
+    for more in (["--strict"], ["--batch-invariant"], ["--precapture", "1-3, 5"], ["--max-graphs", "0"]):
+        code, out, err = run(*words, *more, *QUICK)
+        assert code == 0 and json.loads(out)["token_ids"] == expected, err
+
+
+def test_a_stream_longer_than_its_window(run: Run) -> None:
+    words = ["--token-ids", "3,4,5", "--max-tokens", "60", "--ignore-eos", "--json", "--device", "cpu"]
+    code, out, err = run("generate", *words, "--kv-window", "24")
+    assert code == 0 and len(json.loads(out)["token_ids"]) == 60, err
+    whole = json.loads(run("generate", *words)[1])["token_ids"]
+    assert json.loads(out)["token_ids"][:20] == whole[:20], "until the window is full"
+
+
+def test_chat_past_its_window(run: Run) -> None:
+    given = "Hello, how are you today, and what do you do there?\n" * 4 + "\n"
+    words = ["chat", "tiny", "--max-tokens", "12", "--kv-window", "32", "--device", "cpu", "--strict"]
+    code, _, err = run(*words, given=given)
+    assert code == 0 and err.count("12 tokens, max_tokens") == 4
+
+
 def test_chat_keeps_the_conversation(run: Run) -> None:
     code, out, err = run("chat", "tiny", "--max-tokens", "4", "--device", "cpu", given="Hello\nAnd then?\n\n")
     assert code == 0 and out.count("> ") == 3
     assert err.count("4 tokens, max_tokens") == 2
+
+
+def test_chat_takes_penalties(run: Run) -> None:
+    """The same question with penalties that make the model repeat itself, and with none: other answers."""
+    words = ["chat", "tiny", "--max-tokens", "12", "--device", "cpu"]
+    plain = run(*words, given="Hello\n\n")[1]
+    for penalty in ("--presence-penalty=-2", "--frequency-penalty=-2", "--repetition-penalty=0.3"):
+        code, out, _ = run(*words, penalty, given="Hello\n\n")
+        assert code == 0 and out != plain, penalty
 
 
 def test_export_and_use(run: Run, tmp_path: Path) -> None:
@@ -89,9 +138,19 @@ def test_version_and_environment(run: Run) -> None:
         (["generate", "tiny", "--prompt", "x", "--temperature", "-1"], "temperature must be between 0 and 100"),
         (["generate", "tiny", "--prompt", "x", "--temperature", "nan"], "temperature must be a finite number"),
         (["generate", "tiny", "--prompt", "x", "--logprobs", "5"], "--logprobs needs --json"),
+        (["generate", "tiny", "--prompt", "x", "--logit-bias", "5:1"], "--logit-bias must be ID=VALUE"),
+        (["generate", "tiny", "--prompt", "x", "--logit-bias", "a=1"], "--logit-bias must be ID=VALUE"),
+        (["generate", "tiny", "--prompt", "x", "--logit-bias", "5=101"], "must be between -100 and 100, not 101"),
+        (["generate", "tiny", "--prompt", "x", "--logit-bias", "2048=1", *QUICK], "logit_bias token id 2048 is not"),
+        (["generate", "tiny", "--prompt", "x", "--presence-penalty", "3"], "presence_penalty must be between -2 and 2"),
         (["generate", "tiny", "--prompt", "x", "--max-tokens", "3000000000"], "below 2**31"),
         (["generate", "tiny", "--prompt", "x", "--kv-cache-memory", "5B", *QUICK], "is too small"),
         (["generate", "tiny", "--token-ids", ",".join(["5"] * 80), *QUICK], "the prompt has 80 tokens"),
+        (["generate", "tiny", "--prompt", "x", "--kv-window", "5"], "kv_window must be at least 20, not 5"),
+        (["generate", "tiny", "--prompt", "x", "--kv-window", "32", *QUICK], "exclude each other"),
+        (["generate", "tiny", "--prompt", "x", "--precapture", "0-3"], "'0-3' is not between 1 and the largest bucket"),
+        (["generate", "tiny", "--prompt", "x", "--precapture", "three"], "'three' is no length"),
+        (["generate", "tiny", "--prompt", "x", "--max-graphs", "-1"], "max_graphs must be 0 or more, not -1"),
         (["export", "gpt-17", "/tmp"], "gpt-17"),
         (["export", "tiny", "/proc/nowhere"], "/proc"),
     ],
@@ -121,8 +180,12 @@ def test_the_models_own_sampling_is_used_and_named(run: Run, tmp_path: Path) -> 
     assert code == 0 and "generation_config.json: temperature 0.6, top_p 0.9" in err
     greedy = run(*words, "--temperature", "0", "--top-p", "1")[1]
     assert json.loads(sampled)["token_ids"] != json.loads(greedy)["token_ids"]
-    path.write_text(json.dumps({"repetition_penalty": 1.1}))
-    assert "what is not supported: repetition_penalty 1.1" in run(*words)[2]
+    path.write_text(json.dumps({"repetition_penalty": 1.8, "no_repeat_ngram_size": 3}))
+    code, penalised, err = run(*words)
+    assert code == 0 and "generation_config.json: repetition_penalty 1.8" in err
+    assert "what is not supported: no_repeat_ngram_size 3" in err
+    assert json.loads(penalised)["token_ids"] != json.loads(greedy)["token_ids"]
+    assert run(*words, "--repetition-penalty", "1")[1].split('"timings"')[0] == greedy.split('"timings"')[0]
     path.write_text(json.dumps({"do_sample": True, "temperature": "hot"}))
     code, _, err = run(*words)
     assert code == 2 and "generation_config.json: temperature must be a finite number above zero" in err.replace(

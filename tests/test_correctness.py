@@ -168,5 +168,7 @@ def test_graphs_do_not_change_tokens(pair: tuple[Any, Path], device: torch.devic
         {"fused_sampling": False},
         {"precapture_lengths": (1, 7)},
         {"max_graphs": 2},
+        {"graph_scope": "static"},
+        {"batch_invariant": True},
     ):
         assert run(make_engine(folder, device, **settings), wanted, tokens=24) == expected, settings

@@ -3,60 +3,64 @@ PyTorch."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from test_correctness import SHAPE, VOCABULARY, poison
+from engine_cases import Bits, bits, finish, make_engine, tokens, with_changes
+from test_correctness import poison
 
-from jitgraph.config import EngineConfig
-from jitgraph.engine.engine import Engine
-from jitgraph.model.loader import load_model
+from jitgraph.graphs.key import Path, Phase
 from jitgraph.types import Request, SamplingParams, TokenChunk
 
-PROMPTS = ((5, 9, 14), (3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5))
+SPEC = with_changes(
+    family="qwen3", vocab_size=96, intermediate_size=40, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16,
+    qk_norm=True, layer_windows=(0, 0),
+)  # fmt: skip
+PROMPTS = ((5, 9, 14), (3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6))
 PARAMS = (
-    SamplingParams(max_tokens=4),
-    SamplingParams(max_tokens=4, temperature=0.9, top_k=30, top_p=0.95, min_p=0.01, seed=9, logprobs=3),
+    SamplingParams(max_tokens=2),
+    SamplingParams(
+        max_tokens=3, temperature=0.9, top_k=30, top_p=0.95, min_p=0.01, seed=9, logprobs=3, presence_penalty=0.5
+    ),
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import transformers
-
-    torch.manual_seed(2)
-    path = tmp_path_factory.mktemp("qwen3")
-    config = transformers.Qwen3Config(**{**SHAPE, "head_dim": 16, "num_hidden_layers": 2})
-    transformers.Qwen3ForCausalLM(config).save_pretrained(path)
-    return path
-
-
-def answer(folder: Path, device: torch.device, ops: str) -> list[list[TokenChunk]]:
-    loaded = load_model(str(folder), device=device, dtype="float32")
-    config = EngineConfig(
-        max_model_len=48, max_streams=2, prefill_buckets=(4, 8), ops=ops, fused_sampling=ops == "jit", max_graphs=40
-    )
-    engine = Engine(loaded.spec, loaded.weights, config, ())
+def answer(device: torch.device, ops: str, **settings: Any) -> tuple[list[Bits], set[tuple[Phase, Path]]]:
+    """What both prompts get together, and the paths that their steps took."""
+    chosen = {"max_model_len": 48, "max_streams": 2, "prefill_buckets": (4, 8), "max_graphs": 40, "dtype": "float32"}
+    engine = make_engine(device, SPEC, ops=ops, **chosen, **settings)
     poison(engine)
     for identity, (ids, params) in enumerate(zip(PROMPTS, PARAMS, strict=True)):
         engine.submit(Request(identity, ids, params))
-    chunks: list[list[TokenChunk]] = [[], []]
-    while engine.busy:
-        for chunk in engine.step():
-            chunks[chunk.request_id].append(chunk)
-    return chunks
+    chunks: dict[int, list[TokenChunk]] = {}
+    finish(engine, chunks)
+    return [bits(chunks[identity]) for identity in range(2)], set(engine.dispatcher.paths)
 
 
-@pytest.mark.parametrize("ops", ["jit", "mixed"])
-def test_same_tokens_as_plain_pytorch(folder: Path, device: torch.device, ops: str) -> None:
-    """A chunked prompt, a batch of two, greedy and fully sampled, with log-probabilities."""
-    expected, found = answer(folder, device, "torch"), answer(folder, device, ops)
+@pytest.mark.parametrize(
+    ("ops", "settings"),
+    [
+        ("jit", {}),
+        ("jit", {"batch_invariant": True}),
+        ("mixed", {"kv_window": 18, "kv_sinks": 2}),
+        ("mixed", {"fused_sampling": False}),
+    ],
+    ids=["jit", "batch invariant", "rolling window", "mixed"],
+)
+def test_same_tokens_as_plain_pytorch(device: torch.device, ops: str, settings: dict[str, Any]) -> None:
+    """A chunked prompt, a batch of two, a stream left alone; greedy and fully sampled, with log-probabilities. The
+    rolling window is shorter than the longer prompt and its tokens."""
+    window = {name: settings[name] for name in settings if name.startswith("kv_")}
+    expected, _ = answer(device, "torch", fused_sampling=device.type == "cpu", graphs=device.type == "cpu", **window)
+    found, paths = answer(device, ops, **settings)
     for wanted, got in zip(expected, found, strict=True):
-        assert [chunk.token_id for chunk in got] == [chunk.token_id for chunk in wanted]
-        for a, b in zip(wanted, got, strict=True):
-            if a.logprobs is not None:
-                assert b.logprobs is not None
-                assert b.logprobs.logprob == pytest.approx(a.logprobs.logprob, abs=1e-4)
-                assert [i for i, _ in b.logprobs.top] == [i for i, _ in a.logprobs.top]
-    assert all(0 <= chunk.token_id < VOCABULARY for chunks in found for chunk in chunks if chunk.token_id is not None)
+        assert tokens(got) == tokens(wanted)
+        for (_, value, top, reason), (_, other, others, same) in zip(wanted, got, strict=True):
+            assert reason is same
+            if value is not None:
+                assert other == pytest.approx(value, abs=1e-4)
+                assert [i for i, _ in others] == [i for i, _ in top]
+    whole = settings.get("fused_sampling", True)
+    assert ((Phase.DECODE, Path.LOOP) in paths) == whole, "the last token comes out of a loop, if there are any"
+    assert (Phase.PREFILL, Path.PADDED) in paths

@@ -1,13 +1,15 @@
-"""The scheduler alone: pure policy, no torch, driven through random lives of requests."""
+"""The scheduler alone: pure policy, driven through random lives of requests."""
 
 from __future__ import annotations
 
 from collections import deque
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jitgraph.engine.scheduler import DecodePlan, Plan, PrefillPlan, Scheduler, Sequence
+from jitgraph.engine.scheduler import DecodePlan, LoopPlan, Plan, PrefillPlan, Scheduler, Sequence
+from jitgraph.model.cache import PageAllocator
 from jitgraph.types import FinishReason, Request, SamplingParams
 
 CHUNK = 8
@@ -18,19 +20,26 @@ class Pages:
 
     def __init__(self, count: int) -> None:
         self.owned: set[int] = set()
-        self.free = set(range(1, count + 1))
+        self._spare = set(range(1, count + 1))
+
+    @property
+    def free(self) -> int:
+        return len(self._spare)
+
+    def upcoming(self, most: int) -> list[int]:
+        return list(self._spare)[:most]
 
     def take(self, count: int) -> list[int] | None:
-        if count > len(self.free):
+        if count > self.free:
             return None
-        taken = [self.free.pop() for _ in range(count)]
+        taken = [self._spare.pop() for _ in range(count)]
         self.owned.update(taken)
         return taken
 
     def give_back(self, pages: list[int]) -> None:
         for page in pages:
             self.owned.remove(page)
-            self.free.add(page)
+            self._spare.add(page)
 
 
 def sequence(identity: int, prompt: int, new: int, pages: int, stop: frozenset[int] = frozenset()) -> Sequence:
@@ -148,3 +157,121 @@ def test_late_tokens_do_not_count() -> None:
     assert scheduler.record(one, 7) and one.finished is FinishReason.STOP
     assert not scheduler.record(one, 9)
     assert one.tokens == [5, 7]
+
+
+# ---------------------------------------------------------------------------------------------------------------- loops
+
+
+def start(scheduler: Scheduler, *sequences: Sequence) -> None:
+    """Adds, admits, and launches every prompt."""
+    for one in sequences:
+        scheduler.add(one)
+        assert scheduler.admit() is one
+    while any(one.prefilled < one.prompt_length for one in sequences):
+        assert scheduler.next_plan() is not None
+
+
+def test_a_sequence_is_alone_until_somebody_could_run() -> None:
+    """Alone means that no other one runs, and that none that waits could: for want of a slot, or of its pages."""
+    scheduler = Scheduler(2, CHUNK, Pages(5))
+    first, second, big = sequence(0, 3, 9, 1), sequence(1, 3, 9, 1), sequence(2, 3, 9, 5)
+    assert scheduler.lone() is None
+    start(scheduler, first)
+    assert scheduler.alone(first) and not scheduler.alone(second) and scheduler.lone() is first
+    scheduler.add(big)
+    assert not scheduler.admissible and scheduler.alone(first), "four pages are left, it needs five"
+    scheduler.finish(big, FinishReason.CANCELLED)
+    scheduler.add(second)
+    assert scheduler.admissible and not scheduler.alone(first) and scheduler.lone() is None, "it could run now"
+    scheduler.admit()
+    assert not scheduler.admissible and not scheduler.alone(first) and scheduler.lone() is None, "it runs"
+    scheduler.finish(first, FinishReason.CANCELLED)
+    assert scheduler.alone(second) and scheduler.lone() is None, "its prompt has not been launched"
+    scheduler.next_plan()
+    assert scheduler.lone() is second
+    one_slot = Scheduler(1, CHUNK, Pages(5))
+    start(one_slot, first := sequence(0, 3, 9, 1))
+    one_slot.add(sequence(1, 3, 9, 1))
+    assert not one_slot.admissible and one_slot.lone() is first, "no slot is free"
+
+
+@pytest.mark.parametrize("steps", [1, 3, 64])
+def test_loops_cover_what_is_left_and_no_more(steps: int) -> None:
+    """For every number of tokens: loops and the prompt's step together launch just as many as there may be."""
+    for new in range(1, 70):
+        scheduler = Scheduler(1, CHUNK, Pages(1))
+        one = sequence(0, 11, new, 1)
+        start(scheduler, one)
+        counts = []
+        while scheduler.lone() is one:
+            plan = scheduler.plan_loop(one, steps)
+            assert isinstance(plan, LoopPlan) and plan.sequence is one
+            counts.append(plan.count)
+        assert 1 + sum(counts) == new == one.launched and one.remaining == 0
+        assert all(count == steps for count in counts[:-1]) and all(1 <= count <= steps for count in counts)
+        assert scheduler.next_plan() is None
+
+
+@settings(max_examples=100, deadline=None)
+@given(new=st.integers(2, 40), steps=st.integers(1, 9), ran=st.lists(st.integers(0, 20), max_size=8))
+def test_loops_that_are_called_off_lose_no_token(new: int, steps: int, ran: list[int]) -> None:
+    """Two loops are launched, some steps of them run, the count starts again from what was read: in the end every
+    token has been launched, read and counted once."""
+    scheduler = Scheduler(1, CHUNK, Pages(1))
+    one = sequence(0, 2, new, 1)
+    start(scheduler, one)
+    scheduler.record(one, 5)
+    for done in [*ran, *[10**6] * new]:
+        launched = sum(scheduler.plan_loop(one, steps).count for _ in range(2) if scheduler.lone() is one)
+        for _ in range(min(done, launched)):
+            assert scheduler.record(one, 5)
+        if one.finished is not None:
+            break
+        scheduler.recount(one)
+        assert one.launched == len(one.tokens) and one.remaining == new - len(one.tokens)
+    assert one.finished is FinishReason.LENGTH and len(one.tokens) == new and scheduler.idle
+
+
+# ------------------------------------------------------------------------------------------------- the shortest way in
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    before=st.lists(st.tuples(st.integers(1, 4), st.booleans()), max_size=8),
+    needed=st.integers(1, 5),
+    asked=st.integers(0, 20),
+)
+def test_what_is_upcoming_is_what_comes(before: list[tuple[int, bool]], needed: int, asked: int) -> None:
+    """Whatever has come and gone in whatever order: the next admission gets the slot and the pages foretold."""
+    pages = PageAllocator(13)
+    scheduler = Scheduler(3, CHUNK, pages)
+    for identity, (count, stays) in enumerate(before):
+        scheduler.add(one := sequence(identity, 3, 5, count))
+        if scheduler.admit() is None or not stays:
+            scheduler.finish(one, FinishReason.CANCELLED)
+    for one in list(scheduler.running):
+        scheduler.finish(one, FinishReason.CANCELLED)
+    slot, foretold = scheduler.upcoming(asked)
+    assert len(foretold) == min(asked, pages.total) and len(set(foretold)) == len(foretold)
+    one = sequence(99, 3, 5, needed)
+    assert scheduler.admit_whole(one)
+    assert one.slot == slot and one.pages[:asked] == foretold[:needed]
+
+
+def test_a_whole_prompt_is_admitted_alone_or_not_at_all() -> None:
+    """One that fits a step and finds nobody is admitted with its step counted; any other changes nothing."""
+    pages = PageAllocator(4)
+    scheduler = Scheduler(2, CHUNK, pages)
+    for refused in (sequence(0, CHUNK + 1, 5, 1), sequence(1, 3, 5, 4)):
+        assert not scheduler.admit_whole(refused)
+        assert scheduler.idle and pages.free == pages.total == 3 and refused.slot == -1 and not refused.launched
+    one = sequence(2, CHUNK, 2, 3)
+    assert scheduler.admit_whole(one)
+    assert (one.prefilled, one.launched, one.remaining) == (CHUNK, 1, 1) and scheduler.lone() is one
+    assert not scheduler.admit_whole(sequence(3, 3, 5, 1)), "somebody runs"
+    scheduler.record(one, 5)
+    assert isinstance(scheduler.next_plan(), DecodePlan)
+    scheduler.record(one, 5)
+    assert one.finished is FinishReason.LENGTH and scheduler.idle and pages.free == pages.total
+    scheduler.add(sequence(4, 3, 5, 1))
+    assert not scheduler.admit_whole(sequence(5, 3, 5, 1)), "somebody waits"

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from engine_cases import answer
 
 from jitgraph.config import EngineConfig
 from jitgraph.engine.engine import Engine
+from jitgraph.graphs.key import Path, Phase
 from jitgraph.model.loader import load_model
 from jitgraph.types import Request, SamplingParams
 
@@ -117,6 +119,45 @@ def test_capturing_reserves_nothing(models: tuple[Any, Any, Engine]) -> None:
     """The arena is static: capturing every graph leaves the allocator's reserve as it was, and nothing compiles
     later."""
     engine = models[2]
-    assert len(engine.ready.captured) >= 30
+    assert len(engine.ready.captured) == 2 * engine.config.max_streams + len(engine.sizing.buckets)
     assert engine.ready.reserved_growth_bytes == 0
     assert engine.compiles_after_ready == 0
+
+
+def test_lengths_captured_later_reserve_nothing(models: tuple[Any, Any, Engine]) -> None:
+    """What prompts ask for is captured when idle, out of the same memory; then it is exact."""
+    engine = models[2]
+    drawn = [prompt(length, engine.spec.vocab_size) for length in (11, 23, 37)]
+    for ids in drawn:
+        answer(engine, ids, SamplingParams(max_tokens=2))
+    torch.cuda.synchronize()
+    reserved, captures = torch.cuda.memory_reserved(), engine.captures
+    while engine.idle_work:
+        engine.work_while_idle()
+    assert engine.captures > captures and torch.cuda.memory_reserved() == reserved
+    engine.reset_counters()
+    for ids in drawn:
+        answer(engine, ids, SamplingParams(max_tokens=2))
+    assert engine.dispatcher.paths[Phase.PREFILL, Path.EXACT] == 3
+    assert engine.compiles_after_ready == 0
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(max_tokens=150),
+        SamplingParams(max_tokens=150, temperature=0.8, top_p=0.95, seed=5, logprobs=3, repetition_penalty=1.1),
+    ],
+    ids=["greedy", "everything"],
+)
+def test_loops_give_the_bits_of_steps(
+    models: tuple[Any, Any, Engine], monkeypatch: pytest.MonkeyPatch, params: SamplingParams
+) -> None:
+    engine = models[2]
+    ids = prompt(64, engine.spec.vocab_size)
+    engine.reset_counters()
+    looped = answer(engine, ids, params)
+    assert engine.dispatcher.paths[Phase.DECODE, Path.LOOP] == len(looped) - 1
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner.loops, "_loops", {})
+        assert answer(engine, ids, params) == looped

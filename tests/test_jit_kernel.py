@@ -132,6 +132,8 @@ def test_monitor_reports_what_came_after_a_mark() -> None:
     monitor.record(CompileRecord("b", 90, "", 3.0))
     assert [entry.kernel for entry in monitor.since(mark)] == ["b"]
     assert monitor.totals().count == 2 and monitor.totals().ms == 5.0
+    monitor.record(CompileRecord("c", 90, "", 1.0, cached=True))
+    assert monitor.totals().count == 3 and monitor.totals().cached == 1
 
 
 def test_compile_only_refuses_old_architectures() -> None:
@@ -160,7 +162,7 @@ def test_compiles_without_a_gpu(case: str, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(script), case], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     if case != "refusals":
-        assert any((tmp_path / "triton").iterdir()), "Triton's disk cache must lie under JITGRAPH_CACHE"
+        assert any((tmp_path / "kernels").iterdir()), "compiled kernels must lie under JITGRAPH_CACHE"
 
 
 def _operands(n: int) -> tuple[torch.Tensor, ...]:

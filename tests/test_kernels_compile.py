@@ -19,17 +19,13 @@ import pytest
 ARCHS = (80, 90)
 DTYPES = ("float32", "float16", "bfloat16")  # the slowest first
 
-SHARED_LIMIT_BYTES = 99 * 1024
-"""Per block on compute capability 8.6 and 8.9, the least of all from 8.0 on."""
+SHARED_LIMIT_BYTES = {80: 99 * 1024, 90: 227 * 1024}
+"""Per block, the least of the cards that get a kernel in this form: 8.6 and 8.9 get it as 8.0 does, while 9.0 has
+products of its own, which keep one block of keys and values more."""
 
 STACK_BOUND_BYTES = {
     "prefill_attention_kernel": 32,  # two registers on sm_80, where the products' operands pass through registers
     "rope_append_kernel": 64,  # the sine's slow path for large angles (dynamic scaling)
-    "sample_rows_kernel": 128,  # the vocabulary's wide accumulators, only in rows with filters
-}
-STACK_BOUND_FLOAT32_BYTES = {
-    "prefill_attention_kernel": 1024,  # full-precision products have no tensor cores, and hold their tiles in registers
-    "decode_grouped_kernel": 512,
 }
 
 
@@ -69,10 +65,9 @@ def test_every_kernel_compiles(compiled: dict[tuple[int, str], dict[str, Any]], 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_registers_and_shared_memory(compiled: dict[tuple[int, str], dict[str, Any]], arch: int, dtype: str) -> None:
-    bounds = STACK_BOUND_BYTES | (STACK_BOUND_FLOAT32_BYTES if dtype == "float32" else {})
     for binary in compiled[arch, dtype]["binaries"]:
         name = f"sm_{arch} {binary['kernel']}({binary['signature']})"
         assert binary["registers"] is not None and binary["local_bytes"] is not None, name
-        bound = bounds.get(binary["kernel"].rsplit(".", 1)[-1], 0)
+        bound = STACK_BOUND_BYTES.get(binary["kernel"].rsplit(".", 1)[-1], 0)
         assert binary["local_bytes"] <= bound, f"{name} keeps {binary['local_bytes']} bytes in local memory"
-        assert binary["shared_bytes"] <= SHARED_LIMIT_BYTES, f"{name} needs {binary['shared_bytes']} bytes shared"
+        assert binary["shared_bytes"] <= SHARED_LIMIT_BYTES[arch], f"{name} needs {binary['shared_bytes']} bytes shared"

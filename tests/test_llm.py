@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 
 from jitgraph import LLM, SamplingParams
 from jitgraph.errors import CapacityError, ConfigError, DeviceError, JitgraphError, RequestError
+from jitgraph.model.export import export_model
 from jitgraph.types import FinishReason
 
 TEXT = "The train leaves at nine."
@@ -95,13 +98,26 @@ def test_stop_string(llm: LLM) -> None:
     assert llm.generate(TEXT, SamplingParams(max_tokens=5))[0].token_ids, "the engine goes on after it"
 
 
-def test_eos_ends_unless_ignored(device: torch.device) -> None:
-    with LLM("tiny", max_model_len=128, prefill_buckets=(16,), device=str(device)) as llm:
-        free = llm.generate(TEXT, SamplingParams(max_tokens=10, ignore_eos=True))[0].token_ids
-        llm._engine._eos = (free[2],)
-        ended = llm.generate(TEXT, SamplingParams(max_tokens=10))[0]
-        assert ended.token_ids == free[: free.index(free[2]) + 1] and ended.finish_reason is FinishReason.STOP
-        assert llm.generate(TEXT, SamplingParams(max_tokens=10, ignore_eos=True))[0].token_ids == free
+def test_eos_ends_unless_ignored(device: torch.device, tmp_path: Path) -> None:
+    """Every EOS id of the checkpoint ends a text, in a stream and in a batch, unless the request says otherwise."""
+    settings: dict[str, Any] = {"max_model_len": 128, "prefill_buckets": (16,), "dtype": "float32"}
+    settings["device"] = str(device)
+    endless = SamplingParams(max_tokens=10, ignore_eos=True)
+    with LLM("tiny", **settings) as llm:
+        free = llm.generate(TEXT, endless)[0].token_ids
+    folder = export_model("tiny", tmp_path / "tiny", dtype="float32", device=str(device))
+    config = folder / "generation_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": [2047, free[2]]}))
+    with LLM(folder, **settings) as llm:
+        for _ in range(2):
+            ended = llm.generate(TEXT, SamplingParams(max_tokens=10))[0]
+            assert ended.token_ids == free[: free.index(free[2]) + 1] and ended.finish_reason is FinishReason.STOP
+            llm.settle()
+            chunks = list(llm.stream(TEXT, SamplingParams(max_tokens=10)))
+            assert tuple(chunk.token_id for chunk in chunks) == ended.token_ids
+            llm.settle()
+        assert llm.generate(TEXT, endless)[0].token_ids == free
+        assert tuple(chunk.token_id for chunk in llm.stream(TEXT, endless)) == free
 
 
 def test_logprobs(llm: LLM) -> None:
@@ -143,11 +159,12 @@ def test_closing_a_stream_frees_its_place(llm: LLM) -> None:
         assert_nothing_left(llm)
 
 
-def test_an_interrupt_hurts_nobody_else(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["_stage_prompt", "_count"], ids=["before the work", "after it"])
+def test_an_interrupt_hurts_nobody_else(device: torch.device, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """Ctrl-C while waiting for tokens: the next call goes on where it was. In the middle of a launch: every request
-    ends as cancelled, and the engine serves new ones with the right tokens."""
+    ends as cancelled, and the engine serves new ones with the right tokens. The same for a lone stream in its loop."""
 
-    def interrupt(*_: Any) -> Any:
+    def interrupt(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
     with LLM("tiny", max_model_len=128, prefill_buckets=(16,), device=str(device)) as llm:
@@ -161,11 +178,22 @@ def test_an_interrupt_hurts_nobody_else(device: torch.device, monkeypatch: pytes
                     tokens.append(next(first).token_id)
         assert tuple(tokens + [chunk.token_id for chunk in first]) == expected
         assert tuple(chunk.token_id for chunk in second) == expected
+        lone = llm.stream(TEXT, SamplingParams(max_tokens=9))
+        tokens = [next(lone).token_id for _ in range(3)]
+        with monkeypatch.context() as patch:
+            patch.setattr(llm._engine.runner, "read", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                next(lone)
+        assert tuple(tokens + [chunk.token_id for chunk in lone]) == expected
+        with monkeypatch.context() as patch:
+            patch.setattr(llm._engine.runner, where, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                llm.stream(TEXT, SamplingParams(max_tokens=9))
+        assert_nothing_left(llm)
         first, second = (llm.stream(TEXT, SamplingParams(max_tokens=9)) for _ in range(2))
         next(first)
         with monkeypatch.context() as patch:
-            patch.setattr(llm._engine.runner._program, "forward", interrupt)
-            patch.setattr(llm._engine.runner, "_on_stream", interrupt)
+            patch.setattr(llm._engine.runner, where, interrupt)
             with pytest.raises(KeyboardInterrupt):
                 list(first)
         assert len(list(second)) < 9 and second.finish_reason is FinishReason.CANCELLED
@@ -246,14 +274,53 @@ def test_the_context_ends_with_a_reason(llm: LLM) -> None:
 
 
 def test_stats_prove_the_path(llm: LLM) -> None:
+    """A bucket's length is exact; alone a stream decodes in loops, two streams share steps until one is alone."""
     llm.reset_stats()
     llm.generate([list(range(5, 37))], SamplingParams(max_tokens=3))
     stats = llm.stats()
-    assert stats["prefill_paths"] == {"exact": 1} and stats["decode_paths"] == {"exact": 2}
-    assert stats["paths"] == {"exact": 3, "padded": 0, "eager": 0}
+    assert stats["prefill_paths"] == {"exact": 1} and stats["decode_paths"] == {"loop": 2}
+    assert stats["paths"] == {"exact": 1, "padded": 0, "eager": 0, "loop": 2}
+    assert stats["reasons"] == {"captured": 1, "lone_stream": 2}
+    assert stats["steps"] == 3 and stats["launches"] == 2
     assert stats["compiles_after_ready"] == 0
     llm.reset_stats()
-    assert llm.stats()["paths"] == {"exact": 0, "padded": 0, "eager": 0}
+    assert llm.stats()["paths"] == {"exact": 0, "padded": 0, "eager": 0, "loop": 0}
+    llm.generate([list(range(5, 37))] * 2, SamplingParams(max_tokens=3))
+    stats = llm.stats()
+    assert stats["prefill_paths"] == {"exact": 2} and stats["decode_paths"]["exact"] >= 1
+    assert stats["steps"] == sum(stats["paths"].values())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"graph_scope": "static"},
+        {"batch_invariant": True},
+        {"device_loop": False},
+        {"rolling": False},
+        {"fused_sampling": False},
+        {"strict": True},
+        {"precapture_lengths": "7, 1-3"},
+        {"graph_memory": "1MiB"},
+        {"kv_window": 200, "max_model_len": None},
+    ],
+    ids=str,
+)
+def test_settings_change_no_token(llm: LLM, device: torch.device, settings: dict[str, Any]) -> None:
+    """Every way of running gives the same texts, alone and in company, and ``describe`` tells which it is."""
+    prompts = [TEXT, list(range(5, 12)), list(range(40, 120))]
+    params = [SamplingParams(max_tokens=12), SamplingParams(max_tokens=12, temperature=0.8, seed=3, logprobs=1)]
+    chosen = {"max_model_len": 256, "prefill_buckets": (8, 32, 64), "device": str(device), **settings}
+    with LLM("tiny", **chosen) as other:
+        about = other.describe()
+        told = {"graph_scope", "batch_invariant", "kv_window", "fused_sampling"} & set(settings)
+        assert all(about[name] == settings[name] for name in told)
+        for one in params:
+            expected = [output.token_ids for output in llm.generate(prompts, one)]
+            assert [output.token_ids for output in other.generate(prompts, one)] == expected
+            assert [other.generate([prompt], one)[0].token_ids for prompt in prompts] == expected
+        assert other.stats()["compiles_after_ready"] == 0
+        assert other.stats()["free_pages"] == other._engine.pages.total
 
 
 @pytest.mark.parametrize(
@@ -334,7 +401,20 @@ def test_stop_token_out_of_the_vocabulary(llm: LLM) -> None:
         ({"max_model_len": 64.0}, ConfigError, "max_model_len must be a whole number"),
         ({"prefill_buckets": 8}, ConfigError, "prefill_buckets must be a list of whole numbers"),
         ({"graphs": "yes"}, ConfigError, "graphs must be true or false"),
-        ({"max_model_len": 64, "precapture_lengths": (64,)}, ConfigError, "prompts end at 63 tokens"),
+        ({"max_model_len": 64, "precapture_lengths": (64,)}, ConfigError, "'64' is not between 1 and"),
+        ({"precapture_lengths": "5-3"}, ConfigError, "the range '5-3' descends"),
+        ({"precapture_lengths": "1-50, x"}, ConfigError, "' x' is no length"),
+        ({"graph_memory": "lots"}, ConfigError, "graph_memory must be a size"),
+        ({"graph_scope": "layer"}, ConfigError, "graph_scope must be one of step, static"),
+        ({"rolling": 1}, ConfigError, "rolling must be true or false"),
+        ({"device_loop": "no"}, ConfigError, "device_loop must be true or false"),
+        ({"batch_invariant": 0}, ConfigError, "batch_invariant must be true or false"),
+        ({"strict": None}, ConfigError, "strict must be true or false"),
+        ({"kv_window": 19}, ConfigError, "kv_window must be at least 20, not 19"),
+        ({"kv_window": 2.5}, ConfigError, "kv_window must be a whole number"),
+        ({"kv_window": 64, "max_model_len": 64}, ConfigError, "exclude each other"),
+        ({"kv_window": 64, "kv_sinks": -1}, ConfigError, "kv_sinks must be 0 or more"),
+        ({"kv_window": 4096}, ConfigError, "kv_window 4096 is over the model's limit of 2048"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], error: type[JitgraphError], said: str) -> None:

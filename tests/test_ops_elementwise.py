@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 from ops_cases import DTYPES, LAYOUTS, PAGE, close, int32, make_paged, poison
 
 from jitgraph.ops import elementwise, reference
+from jitgraph.ops.inbox import ADMIT, HEADER, SLOT, InboxLayout
 from jitgraph.ops.reference import Rope
 from jitgraph.ops.slots import FINISHED, LENGTH, NEXT_TOKEN, PROMPT_LENGTH, SlotTable
 
@@ -35,6 +38,59 @@ def test_prepare_decode(device: torch.device, rows: list[int]) -> None:
     elementwise.prepare_decode(int32(rows, device), slots, *actual)
     reference.prepare_decode(int32(rows, device), slots, *expected)
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+class Mailbox:
+    """An inbox whose rows are all different, and what ``receive`` writes, which is poison before."""
+
+    def __init__(self, device: torch.device, pages: int, prompt: int, launch: int, depth: int = 4) -> None:
+        self.slots = SlotTable.allocate(3, pages, device)
+        self.slots.words.fill_(-5)
+        self.layout = InboxLayout(self.slots.stride, prompt)
+        rows = torch.arange(depth * self.layout.width, dtype=torch.int32).view(depth, -1) + 1000
+        rows[:, ADMIT] = 0
+        self.inbox = rows.pin_memory() if device.type == "cuda" else rows
+        self.launches = torch.full((1,), launch, dtype=torch.int64, device=device)
+        self.inputs = poison(self.layout.width, device=device, dtype=torch.int32)
+
+    def receive(self, ops: ModuleType, prompt: bool) -> None:
+        launch = int(self.launches)
+        ops.receive(self.inbox, self.launches, launch, self.layout, prompt, self.inputs, self.slots)
+
+
+@pytest.mark.parametrize("launch", [0, 3, 4, 2**40 + 1])
+@pytest.mark.parametrize("prompt", [False, True], ids=["decode", "prompt"])
+def test_receive_takes_the_row_of_its_launch(device: torch.device, launch: int, prompt: bool) -> None:
+    """A prompt gets the whole row, a decode step the header alone; each launch the row that is its own."""
+    for ops in (elementwise, reference):
+        box = Mailbox(device, pages=5, prompt=24, launch=launch)
+        for number in range(launch, launch + 6):
+            box.inputs.fill_(-1)
+            box.receive(ops, prompt)
+            row = box.inbox[number % 4].to(device)
+            read = box.layout.width if prompt else HEADER
+            assert torch.equal(box.inputs[:read], row[:read]) and (box.inputs[read:] == -1).all()
+            assert int(box.launches) == number + 1
+        assert (box.slots.words == -5).all(), "nobody was admitted"
+
+
+@pytest.mark.parametrize(("pages", "tokens"), [(1, 1), (5, 24), (130, 512)])
+@pytest.mark.parametrize("slot", [0, 2])
+def test_receive_admits(device: torch.device, pages: int, tokens: int, slot: int) -> None:
+    """A row that admits fills its slot's row of the table, every word of it, and no other; a decode step never does."""
+    for ops in (elementwise, reference):
+        box = Mailbox(device, pages, tokens, launch=9)
+        box.inbox[1, ADMIT], box.inbox[1, SLOT] = 1, slot
+        row = box.inbox[1, HEADER : box.layout.prompt].to(device)
+        box.receive(ops, prompt=True)
+        assert torch.equal(box.slots.words[slot], row) and row.numel() == box.slots.words.shape[1]
+        others = [other for other in range(4) if other != slot]
+        assert (box.slots.words[others] == -5).all()
+        assert torch.equal(box.inputs, box.inbox[1].to(device))
+        box.launches.fill_(1)
+        box.slots.words.fill_(-5)
+        box.receive(ops, prompt=False)
+        assert (box.slots.words == -5).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

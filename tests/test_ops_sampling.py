@@ -1,61 +1,15 @@
-"""The Triton sampling kernels and the append against their PyTorch meaning, and both against the statistics they
-promise."""
+"""The Triton sampling kernels and the append against their PyTorch meaning."""
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import pytest
 import torch
-from ops_cases import DTYPES, int32, poison, sampling_slots
+from ops_cases import DTYPES, draw_count, draws, greedy, history_of, int32, sample, sampling_slots
 
 from jitgraph.ops import reference_sampling as reference
 from jitgraph.ops import sampling
 from jitgraph.ops.ring import RING_FIELDS, RING_LOGPROB, RING_TOP_IDS, RING_TOP_LOGPROBS
-from jitgraph.ops.slots import SlotTable
-from jitgraph.types import MAX_LOGPROBS, SamplingParams
-
-Drawn = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def _scratch(logits: torch.Tensor) -> torch.Tensor:
-    rows, vocabulary = logits.shape
-    return poison(rows, sampling.scratch_words(vocabulary), device=logits.device)
-
-
-def _greedy(
-    ops: ModuleType, logits: torch.Tensor, slot: torch.Tensor, position: torch.Tensor, slots: SlotTable
-) -> torch.Tensor:
-    tokens = poison(logits.shape[0], device=logits.device, dtype=torch.int32)
-    ops.greedy(logits, slot, position, slots, _scratch(logits), tokens)
-    return tokens
-
-
-def _sample(
-    ops: ModuleType, logits: torch.Tensor, slot: torch.Tensor, position: torch.Tensor, slots: SlotTable
-) -> Drawn:
-    rows, device = logits.shape[0], logits.device
-    tokens, logprobs = poison(rows, device=device, dtype=torch.int32), poison(rows, device=device)
-    ids = poison(rows, MAX_LOGPROBS, device=device, dtype=torch.int32)
-    values = poison(rows, MAX_LOGPROBS, device=device)
-    ops.sample(logits, slot, position, slots, _scratch(logits), tokens, logprobs, ids, values)
-    return tokens, logprobs, ids, values
-
-
-def _draws(
-    ops: ModuleType, row: torch.Tensor, params: SamplingParams, count: int, seed: int = 5, stops: tuple[int, ...] = ()
-) -> torch.Tensor:
-    """Tokens drawn at positions 1..count of one slot from the same logits ``[V]``."""
-    slots = sampling_slots([(params, 3, stops, seed)], row.device)
-    position = torch.arange(1, count + 1, dtype=torch.int32, device=row.device)
-    logits = row[None].expand(count, -1).contiguous()
-    return _sample(ops, logits, torch.zeros_like(position), position, slots)[0]
-
-
-def _count(device: torch.device, interpreted: int, compiled: int) -> int:
-    """How many draws a test takes: the interpreter is slow."""
-    return compiled if device.type == "cuda" else interpreted
-
+from jitgraph.types import SamplingParams
 
 # --------------------------------------------------------------------------------------------------------------- greedy
 
@@ -66,7 +20,7 @@ def test_greedy(device: torch.device, dtype: torch.dtype, rows: int, vocabulary:
     slots = sampling_slots([(SamplingParams(), 3, (1,), 0)] * rows, device)
     logits = torch.randn(rows, vocabulary, device=device).to(dtype)
     slot = torch.arange(rows, dtype=torch.int32, device=device)
-    actual = _greedy(sampling, logits, slot, slot + 3, slots)
+    actual = greedy(sampling, logits, slot, slot + 3, slots)
     assert torch.equal(actual.long(), logits.float().argmax(-1))
 
 
@@ -74,7 +28,7 @@ def test_greedy_prefers_the_lowest_id_among_equals(device: torch.device) -> None
     slots = sampling_slots([(SamplingParams(), 3, (), 0)] * 2, device)
     logits = torch.zeros(2, 3000, device=device)
     logits[0, [2999, 1500, 1023]] = 2.0
-    actual = _greedy(sampling, logits, int32([0, 1], device), int32([4, 4], device), slots)
+    actual = greedy(sampling, logits, int32([0, 1], device), int32([4, 4], device), slots)
     assert actual.tolist() == [1023, 0]
 
 
@@ -84,7 +38,7 @@ def test_greedy_bars_stop_ids_below_min_length(device: torch.device) -> None:
     logits = torch.zeros(3, 2500, device=device)
     logits[:, 7], logits[:, 2000], logits[:, 42] = 3.0, 2.0, 1.0
     args = (logits, int32([0, 1, 2], device), int32([10, 11, 12], device), slots)
-    assert _greedy(sampling, *args).tolist() == _greedy(reference, *args).tolist() == [42, 42, 7]
+    assert greedy(sampling, *args).tolist() == greedy(reference, *args).tolist() == [42, 42, 7]
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN")
@@ -92,7 +46,7 @@ def test_tokens_stay_in_the_vocabulary_on_nan(device: torch.device) -> None:
     slots = sampling_slots([(SamplingParams(), 3, (), 0), (SamplingParams(temperature=1.0, top_k=3), 3, (), 0)], device)
     logits = torch.full((2, 1500), torch.nan, device=device)
     args = (logits, int32([0, 1], device), int32([4, 4], device), slots)
-    for tokens in (_greedy(sampling, *args), _sample(sampling, *args)[0]):
+    for tokens in (greedy(sampling, *args), sample(sampling, *args)[0]):
         assert all(0 <= token < 1500 for token in tokens.tolist())
 
 
@@ -120,7 +74,7 @@ def test_sample_draws_the_reference_token(device: torch.device, params: Sampling
     row = torch.randn(1100, generator=torch.Generator().manual_seed(1)).to(device) * 1.5
     if tied:
         row = (row * 2).round() / 2  # thresholds fall into the middle of ties, zeros of both signs included
-    actual, expected = (_draws(ops, row, params, _count(device, 3, 50)) for ops in (sampling, reference))
+    actual, expected = (draws(ops, row, params, draw_count(device, 3, 50)) for ops in (sampling, reference))
     assert torch.equal(actual, expected)
 
 
@@ -130,8 +84,8 @@ def test_the_kept_set_is_the_references(device: torch.device, params: SamplingPa
     row = torch.tensor([0.5, 0.1, 0.4, 0.4, -0.0, 0.0, 0.3, 0.2, 0.45, 0.4], device=device)
     slots = sampling_slots([(params, 3, (), 5)], device)
     kept = reference._filter(row[None] / params.temperature, slots, torch.zeros(1, dtype=torch.long, device=device))
-    count = _count(device, 12, 2000)
-    actual, expected = (_draws(ops, row, params, count).tolist() for ops in (sampling, reference))
+    count = draw_count(device, 12, 2000)
+    actual, expected = (draws(ops, row, params, count).tolist() for ops in (sampling, reference))
     assert actual == expected
     assert set(actual) <= set(kept[0].nonzero()[:, 0].tolist())
 
@@ -140,7 +94,7 @@ def test_sample_bars_stop_ids(device: torch.device) -> None:
     row = torch.zeros(6, device=device)
     row[2] = 50.0
     params = SamplingParams(temperature=1.0, top_p=0.9, min_tokens=4)
-    tokens = _draws(sampling, row, params, 9, stops=(2,)).tolist()  # positions 1..9, MIN_LENGTH 7
+    tokens = draws(sampling, row, params, 9, stops=(2,)).tolist()  # positions 1..9, MIN_LENGTH 7
     assert 2 not in tokens[:6] and tokens[6:] == [2, 2, 2]
 
 
@@ -151,8 +105,8 @@ def test_a_seed_gives_the_same_token_in_any_row(device: torch.device) -> None:
     logits = torch.randn(4, 2000, device=device)
     logits[2] = logits[0]
     position = int32([20, 21, 20, 22], device)
-    tokens = _sample(sampling, logits, int32([0, 1, 2, 3], device), position, slots)[0].tolist()
-    alone = _sample(sampling, logits[2:3].contiguous(), int32([0], device), position[:1], slots)[0].tolist()
+    tokens = sample(sampling, logits, int32([0, 1, 2, 3], device), position, slots)[0].tolist()
+    alone = sample(sampling, logits[2:3].contiguous(), int32([0], device), position[:1], slots)[0].tolist()
     assert tokens[0] == tokens[2] == alone[0]
 
 
@@ -160,34 +114,9 @@ def test_large_seeds_and_their_halves_matter(device: torch.device) -> None:
     row = torch.zeros(1000, device=device)
     params = SamplingParams(temperature=1.0)
     seeds = (0, 1, 2**32, 2**63 + 5, 2**64 - 1)
-    drawn = [_draws(sampling, row, params, 4, seed=s).tolist() for s in seeds]
-    assert drawn == [_draws(reference, row, params, 4, seed=s).tolist() for s in seeds]
+    drawn = [draws(sampling, row, params, 4, seed=s).tolist() for s in seeds]
+    assert drawn == [draws(reference, row, params, 4, seed=s).tolist() for s in seeds]
     assert len({tuple(d) for d in drawn}) == len(seeds)
-
-
-def _chi_square(tokens: torch.Tensor, probability: torch.Tensor) -> float:
-    expected = probability.cpu().double() * tokens.numel()
-    counts = torch.bincount(tokens.long().cpu(), minlength=probability.numel()).double()
-    assert counts[expected == 0].sum() == 0
-    some = expected > 0
-    return float(((counts[some] - expected[some]) ** 2 / expected[some]).sum())
-
-
-LOGITS = (0.0, 1.0, -1.0, 0.5, 2.0, -2.0, 0.25, 1.5)
-
-
-def test_reference_distribution(device: torch.device) -> None:
-    """100,000 draws follow softmax(logits / T): chi-square below its 99.9 % point for 7 degrees of freedom."""
-    row = torch.tensor(LOGITS, device=device)
-    tokens = _draws(reference, row, SamplingParams(temperature=0.7), 100_000)
-    assert _chi_square(tokens, torch.softmax(row / 0.7, -1)) < 24.3
-
-
-def test_kernel_distribution(device: torch.device) -> None:
-    """The same of the kernel."""
-    row = torch.tensor(LOGITS, device=device)
-    tokens = _draws(sampling, row, SamplingParams(temperature=0.7), _count(device, 400, 100_000))
-    assert _chi_square(tokens, torch.softmax(row / 0.7, -1)) < 24.3
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -198,7 +127,7 @@ def test_logprobs(device: torch.device, dtype: torch.dtype, vocabulary: int) -> 
     slots = sampling_slots(rows, device)
     logits = (torch.randn(4, vocabulary, device=device) * 3).round().to(dtype)  # full of ties
     args = (logits, int32([0, 1, 2, 3], device), int32([9, 9, 9, 9], device), slots)
-    actual, expected = _sample(sampling, *args), _sample(reference, *args)
+    actual, expected = sample(sampling, *args), sample(reference, *args)
     assert torch.equal(actual[0], expected[0])
     for r, n in enumerate(wanted):
         if n is None:
@@ -212,7 +141,7 @@ def test_logprobs(device: torch.device, dtype: torch.dtype, vocabulary: int) -> 
 def test_more_logprobs_than_the_vocabulary_has(device: torch.device) -> None:
     slots = sampling_slots([(SamplingParams(logprobs=20), 3, (), 1)], device)
     logits = torch.randn(1, 6, device=device)
-    _, _, ids, _ = _sample(sampling, logits, int32([0], device), int32([9], device), slots)
+    _, _, ids, _ = sample(sampling, logits, int32([0], device), int32([9], device), slots)
     assert ids[0, :6].tolist() == logits[0].argsort(descending=True).tolist()
 
 
@@ -222,10 +151,10 @@ def test_more_logprobs_than_the_vocabulary_has(device: torch.device) -> None:
 @pytest.mark.parametrize("reported", [False, True])
 @pytest.mark.parametrize("rows", [[0], [2, 4, 0], [4, 1, 3, 4, 2]])
 def test_advance(device: torch.device, rows: list[int], reported: bool) -> None:
-    """Stop ids, the length limit, the dummy row, and a counter past 32 bits."""
-    params = SamplingParams(max_tokens=4)
+    """Stop ids, the length limit, the dummy row, counts in the history, and a counter past 32 bits."""
     stops = ((), (5, 6), (5,), (9,))
-    kinds = [(params, 10, s, 0) for s in stops]
+    params = [SamplingParams(max_tokens=4, presence_penalty=penalty) for penalty in (0.0, 1.0, 0.5, 0.0)]
+    kinds = [(p, 10, s, 0) for p, s in zip(params, stops, strict=True)]
     n, step = len(rows), 2**33 + 5
     slot = int32(rows, device)
     position = int32([{0: 13, 1: 11, 2: 10, 3: 12, 4: 1}[r] for r in rows], device)
@@ -237,12 +166,18 @@ def test_advance(device: torch.device, rows: list[int], reported: bool) -> None:
         slots = sampling_slots(kinds, device)
         counter = torch.tensor([step], dtype=torch.int64, device=device)
         ring = torch.full((7, 8, RING_FIELDS), -1, dtype=torch.int64, pin_memory=device.type == "cuda")
-        ops.advance(slot, position, tokens, *extras, slots, counter, ring, step)
+        before = history_of([None, ([6, 8], []), ([6], [6, 6]), None], 50, device)
+        history = before.clone() if reported else None
+        ops.advance(slot, position, tokens, *extras, slots, history, counter, ring, step)
         if device.type == "cuda":
             torch.cuda.synchronize()
         width = RING_FIELDS if reported else 1
         assert (ring[step % 7, n:] == -1).all() and (ring[:4] == -1).all()
+        counts = None if history is None else (history - before).cpu()
         results.append((slots.words, counter, ring[step % 7, :n, :width].clone()))
+        if counts is not None:
+            assert counts.nonzero().tolist() == [[s, 6] for s in sorted({1, 2} & set(rows))]
+            assert counts.sum() == len({1, 2} & set(rows))
     for actual, expected in zip(*results, strict=True):
         assert torch.equal(actual, expected)
     assert int(results[0][1]) == step + 1
@@ -269,8 +204,8 @@ def test_large_vocabularies(device: torch.device, vocabulary: int) -> None:
     for step in range(10):
         logits = torch.randn(8, vocabulary, device=device).mul_(3)
         args = (logits, slot, slot + 10 * step, slots)
-        assert torch.equal(_greedy(sampling, *args), _greedy(reference, *args))
-        actual, expected = _sample(sampling, *args), _sample(reference, *args)
+        assert torch.equal(greedy(sampling, *args), greedy(reference, *args))
+        actual, expected = sample(sampling, *args), sample(reference, *args)
         assert torch.equal(actual[0], expected[0])
         assert torch.equal(actual[2][7], expected[2][7])
         torch.testing.assert_close(actual[3][7], expected[3][7], atol=1e-4, rtol=1e-5)

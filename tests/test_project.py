@@ -29,6 +29,7 @@ DOCUMENTS = (
     "docs/architecture.md",
     "docs/benchmarking.md",
     "docs/log.md",
+    "docs/research.md",
 )
 # Used where they are installed, named in a sentence where they are not: each pins a PyTorch of its own.
 SEPARATE = {"tensorrt_llm", "vllm"}

@@ -27,7 +27,7 @@ def test_tables_follow_from_the_raw_samples(tmp_path: Path) -> None:
     for name in committed:
         (copy / name).unlink()
     recompute(copy, Console(quiet=True))
-    assert len(committed) == 15
+    assert len(committed) in (15, 21), "five cases; with the ablation two more and its table"
     for name, content in committed.items():
         assert (copy / name).read_bytes() == content, name
 

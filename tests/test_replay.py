@@ -16,6 +16,7 @@ from test_correctness import SHAPE, VOCABULARY, poison
 from jitgraph.config import EngineConfig
 from jitgraph.engine.engine import Engine
 from jitgraph.graphs.key import GraphKey, Phase, Sampling
+from jitgraph.graphs.piecewise import PiecewiseGraph
 from jitgraph.model.loader import load_model
 from jitgraph.types import Request, SamplingParams
 
@@ -35,8 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make(folder: Path, device: torch.device, **settings: Any) -> Engine:
     loaded = load_model(str(folder), device=device, dtype="float16" if device.type == "cuda" else "float32")
-    wanted = {"max_model_len": 96, "prefill_buckets": BUCKETS, "max_streams": STREAMS, **settings}
-    return Engine(loaded.spec, loaded.weights, EngineConfig(**wanted), ())
+    fixed = {"max_model_len": 96, "prefill_buckets": BUCKETS, "max_streams": STREAMS, "rolling": False}
+    return Engine(loaded.spec, loaded.weights, EngineConfig(**{**fixed, **settings}), ())
 
 
 def start_requests(engine: Engine, params: SamplingParams) -> None:
@@ -49,72 +50,119 @@ def start_requests(engine: Engine, params: SamplingParams) -> None:
     engine.drain()
 
 
-def snapshot(engine: Engine) -> dict[str, torch.Tensor]:
-    """All that a step reads and changes: slots, cache, arena."""
+def finish_requests(engine: Engine) -> list[list[int]]:
+    """Runs to the end; the tokens of the sequences that were running."""
+    sequences = list(engine.scheduler.running)
+    while engine.busy:
+        engine.step()
+    assert engine.pages.free == engine.pages.total
+    return [sequence.tokens for sequence in sequences]
+
+
+def state(engine: Engine) -> dict[str, torch.Tensor]:
+    """All that a step reads and changes, on the device and in the ring."""
     return {
-        "slots": engine.buffers.slots.words.clone(),
-        "cache": engine.cache.data.clone(),
-        "arena": engine.buffers.arena.clone(),
+        "slots": engine.buffers.slots.words,
+        "cache": engine.cache.data,
+        "arena": engine.buffers.arena,
+        "ring": engine.buffers.ring,
     }
 
 
-def restore(engine: Engine, state: dict[str, torch.Tensor]) -> None:
-    engine.buffers.slots.words.copy_(state["slots"])
-    engine.cache.data.copy_(state["cache"])
-    engine.buffers.arena.copy_(state["arena"])
+def snapshot(engine: Engine) -> dict[str, torch.Tensor]:
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize()
+    return {name: tensor.clone() for name, tensor in state(engine).items()}
+
+
+def restore(engine: Engine, kept: dict[str, torch.Tensor]) -> None:
+    for name, tensor in state(engine).items():
+        tensor.copy_(kept[name])
     if engine.device.type == "cuda":
         torch.cuda.synchronize()
 
 
-@pytest.mark.parametrize(
-    "params",
-    [SamplingParams(max_tokens=40), SamplingParams(max_tokens=40, temperature=0.9, top_k=40, top_p=0.9, seed=3)],
-    ids=["greedy", "sampled"],
-)
-def test_replay_gives_the_bits_of_the_eager_step(folder: Path, device: torch.device, params: SamplingParams) -> None:
-    """Every captured key: the whole state of the engine after a replay equals that after the same step run eagerly."""
-    engine = make(folder, device)
-    runner = engine.runner
+def stage(engine: Engine, key: GraphKey, slots: list[int]) -> None:
+    """Inputs of a step of this key on real sequences, in the inbox's next row."""
+    if key.phase is Phase.PREFILL:
+        engine.runner._stage_prompt(slots[0], 0, range(3, 3 + max(1, key.tokens - 1)), emit=True)
+    else:
+        engine.runner._stage_rows(tuple(slots[: key.rows]), key.rows)
+
+
+PARAMS = {
+    "greedy": SamplingParams(max_tokens=40),
+    "sampled": SamplingParams(max_tokens=40, temperature=0.9, top_k=40, top_p=0.9, seed=3),
+    "penalised": SamplingParams(max_tokens=40, repetition_penalty=1.3, frequency_penalty=0.2, logprobs=3, seed=4),
+}
+
+
+@pytest.mark.parametrize("scope", ["step", "static"])
+@pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
+def test_replay_gives_the_bits_of_the_eager_step(
+    folder: Path, device: torch.device, params: SamplingParams, scope: str
+) -> None:
+    """Every captured key: the whole state of the engine after a replay (slots, cache, arena, ring) equals that after
+    the same step run eagerly. Then the requests go on, to the tokens of an engine that was left alone."""
+    engine = make(folder, device, graph_scope=scope)
     start_requests(engine, params)
-    keys = [key for key in engine.ready.captured if (key.sampling is Sampling.GREEDY) == params.greedy]
+    decode = Sampling.GREEDY if params.greedy else Sampling.FULL
+    keys = [key for key in engine.ready.captured if key.phase is Phase.PREFILL or key.sampling is decode]
     assert {key.tokens for key in keys if key.phase is Phase.PREFILL} == set(BUCKETS)
+    assert {key.tokens for key in keys if key.phase is Phase.DECODE} == set(range(1, STREAMS + 1))
     slots = [sequence.slot for sequence in engine.scheduler.running]
+    assert len(slots) == STREAMS
+    runner = engine.runner
     for key in keys:
         poison(engine)
-        with torch.inference_mode(), runner._on_stream():
-            if key.phase is Phase.PREFILL:
-                runner._stage_prompt(slots[0], 0, range(3, 3 + key.tokens - 1), emit=True)
-            else:
-                runner._stage_rows(tuple(slots[: key.rows]), key.rows)
-        if engine.device.type == "cuda":
-            torch.cuda.synchronize()
+        stage(engine, key, slots)
         before = snapshot(engine)
         results = []
-        for graph in (None, runner._graphs[key], runner._graphs[key]):
+        graph = engine.store.lookup(key)
+        assert graph is not None
+        if isinstance(graph, PiecewiseGraph):
+            assert graph.launches == SHAPE["num_hidden_layers"] + 1
+        assert isinstance(graph, PiecewiseGraph) == (scope == "static")
+        for how in (None, graph, graph):
             restore(engine, before)
             with torch.inference_mode(), runner._on_stream():
-                step = runner._execute(key, (key.sampling,), graph)
-            engine.buffers["counter"].fill_(runner._program.host_step)  # restoring took the counter back as well
-            runner._program.host_step = step + 1
-            if engine.device.type == "cuda":
-                torch.cuda.synchronize()
+                runner._execute(key, key.sampling, how)
+            results.append(snapshot(engine))
             _, work = engine.buffers.views(key)
-            results.append(
-                {
-                    "logits": work.logits.clone(),
-                    "tokens": work.tokens.clone(),
-                    "cache": engine.cache.data.clone(),
-                    "slots": engine.buffers.slots.words.clone(),
-                }
-            )
+            assert not work.logits.isnan().any(), key
         restore(engine, before)
-        engine.buffers["counter"].fill_(runner._program.host_step)
         eager = results[0]
-        assert not eager["logits"].isnan().any(), key
+        assert not torch.equal(eager["ring"], before["ring"]), "the step has published its tokens"
         for replayed in results[1:]:
             for name, tensor in eager.items():
                 same = torch.equal(tensor.view(torch.uint8), replayed[name].view(torch.uint8))
                 assert same, f"{key}: {name} differs between eager and replay"
+    undisturbed = make(folder, device, graph_scope=scope)
+    start_requests(undisturbed, params)
+    assert finish_requests(engine) == finish_requests(undisturbed)
+
+
+@pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
+def test_a_loop_gives_the_bits_of_its_steps(folder: Path, device: torch.device, params: SamplingParams) -> None:
+    """The whole state after loops equals that after as many ordinary steps of the same lone sequence; on the CPU, where
+    the device waits for the host, with poison before each of them."""
+    results = []
+    for loops in (True, False):
+        engine = make(folder, device, device_loop=loops)
+        poison(engine)
+        engine.submit(Request(0, (5, 6, 7, 8), params))
+        chunks = []
+        while engine.busy:
+            if engine.emulated:
+                engine.buffers.poison()
+            chunks += engine.step()
+        assert len(chunks) == 40 and engine.pages.free == engine.pages.total
+        kept = snapshot(engine)
+        kept |= {d.name: engine.buffers[d.name].clone() for d in engine.buffers.declared}
+        results.append({name: tensor for name, tensor in kept.items() if name not in ("arena", "launches", "inputs")})
+    looped, stepped = results
+    for name, tensor in looped.items():
+        assert torch.equal(tensor.view(torch.uint8), stepped[name].view(torch.uint8)), name
 
 
 @pytest.mark.parametrize("length", [1, 3, 5, 15, 17, 47])
@@ -148,7 +196,7 @@ def test_padded_rows_disturb_nobody(folder: Path, device: torch.device) -> None:
     key = GraphKey(Phase.DECODE, STREAMS, Sampling.GREEDY)
     with torch.inference_mode(), engine.runner._on_stream():
         engine.runner._stage_rows((), STREAMS)
-        engine.runner._execute(key, (Sampling.GREEDY,), None)
+        engine.runner._execute(key, Sampling.GREEDY, None)
     if device.type == "cuda":
         torch.cuda.synchronize()
     assert torch.equal(engine.cache.data[:, :, 1:], page)

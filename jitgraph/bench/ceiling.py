@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from jitgraph.bench.records import BlockKey, RawWriter
 from jitgraph.graphs.capture import CapturedGraph, capture_callable
 from jitgraph.model.device import torch_dtype
 from jitgraph.model.spec import ModelSpec
+from jitgraph.model.weights import ModelWeights
 
 Work = Callable[[], Any]
 LINEARS_ITERATIONS = 20
@@ -114,24 +115,21 @@ def _cpu_ms(work: Work, pacing: str) -> float:
 def measure_linears(plan: Plan, spec: ModelSpec, writer: RawWriter, progress: Callable[[], None]) -> None:
     """Times the model's matrix products at one token and at each prompt length, as ``linears`` rows."""
     device = torch.device(plan.device)
-    weights = _linear_weights(spec, device, torch_dtype(plan.dtype))
+    weights = linear_weights(spec, device, torch_dtype(plan.dtype))
     for tokens in sorted({1, *plan.prompt_lengths}):
-        work = _linears(weights, spec, tokens)
-        work()
-        graph = capture_callable(work, device)
-        graph.replay()
+        graph = LinearsGraph(weights, tokens)
         for pacing in plan.pacings:
             key = BlockKey(LINEARS, "ttft", "ttft_ms", pacing, tokens)
             for iteration in range(LINEARS_ITERATIONS):
                 if pacing == INTERACTIVE:
                     time.sleep(PAUSE_S)
-                writer.sample(key, iteration, _replay_ms(graph, device), time.time())
+                writer.sample(key, iteration, graph.replay_ms(), time.time())
             writer.flush()
+        graph.close()
         progress()
 
 
 def _replay_ms(graph: CapturedGraph, device: torch.device) -> float:
-    """Milliseconds of one replay: on CUDA on the device's own clock, so that no launch or wait of the host is in it."""
     if device.type != "cuda":
         start = time.perf_counter()
         graph.replay()
@@ -145,7 +143,37 @@ def _replay_ms(graph: CapturedGraph, device: torch.device) -> float:
     return float(begin.elapsed_time(end))
 
 
-def _linear_weights(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+class LinearsGraph:
+    """The matrix products of a prompt of ``tokens`` as one captured graph, with random inputs of their own.
+
+    It keeps what the graph reads and writes; ``weights`` are its caller's, in the order of ``linear_weights``.
+    """
+
+    def __init__(self, weights: Sequence[torch.Tensor], tokens: int) -> None:
+        self._device = weights[0].device
+        self._work = linears(weights, tokens)
+        self._work()
+        self._graph = capture_callable(self._work, self._device)
+        self._graph.replay()
+
+    def replay_ms(self) -> float:
+        """Milliseconds of one replay: on CUDA on the device's own clock, so that no launch or wait of the host is in
+        it."""
+        return _replay_ms(self._graph, self._device)
+
+    def close(self) -> None:
+        """Waits for the last replay and frees the graph."""
+        if self._device.type == "cuda":  # the stream alone: a capture elsewhere does not survive a wait for the device
+            torch.cuda.current_stream(self._device).synchronize()
+        self._graph.destroy()
+
+
+def model_linears(weights: ModelWeights) -> list[torch.Tensor]:
+    """A loaded model's own matrices, in the order of ``linear_weights``."""
+    return [*(m for one in weights.layers for m in (one.qkv, one.o, one.gate_up, one.down)), weights.lm_head]
+
+
+def linear_weights(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
     """Matrices ``[out, in]`` in the order of a step, each layer its own: no cache is warmer than in a model."""
     hidden, inner = spec.hidden_size, spec.intermediate_size
     layer = ((spec.qkv_size, hidden), (hidden, spec.q_size), (2 * inner, hidden), (hidden, inner))
@@ -153,21 +181,21 @@ def _linear_weights(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -
     return [torch.empty(shape, dtype=dtype, device=device).normal_(0, 0.02) for shape in shapes]
 
 
-def _linears(weights: list[torch.Tensor], spec: ModelSpec, tokens: int) -> Callable[[], None]:
+def linears(weights: Sequence[torch.Tensor], tokens: int) -> Callable[[], None]:
     """The products of a prompt of ``tokens`` (LM head: one token); outputs exist before, a capture takes none.
 
     Random inputs: constant ones switch fewer bits, draw less power, and run faster than any real step.
     """
-    like = weights[0]
+    like, head = weights[0], weights[-1]
     inputs = {k: torch.randn(tokens, k, device=like.device).to(like.dtype) for k in {w.shape[1] for w in weights}}
     outputs = {
         n: torch.empty(tokens, n, dtype=like.dtype, device=like.device) for n in {w.shape[0] for w in weights[:-1]}
     }
-    logits = torch.empty(1, spec.vocab_size, dtype=like.dtype, device=like.device)
+    logits = torch.empty(1, head.shape[0], dtype=like.dtype, device=like.device)
 
     def work() -> None:
         for weight in weights[:-1]:
             torch.mm(inputs[weight.shape[1]], weight.t(), out=outputs[weight.shape[0]])
-        torch.mm(inputs[spec.hidden_size][:1], weights[-1].t(), out=logits)
+        torch.mm(inputs[head.shape[1]][:1], head.t(), out=logits)
 
     return work

@@ -17,7 +17,10 @@ _LENGTHS = ",".join(map(str, DEFAULT_LENGTHS))
 def bench(
     cases: Annotated[
         list[str] | None,
-        typer.Argument(help="baseline, cuda-graph, jit, hybrid, tensorrt-llm; all where none is named."),
+        typer.Argument(
+            help="baseline, cuda-graph, jit, hybrid, tensorrt-llm: these five are all, and run where none is named. "
+            "Further: jit-all, split. ablation is every case of this engine."
+        ),
     ] = None,
     model: Annotated[
         str | None,
@@ -63,7 +66,7 @@ def bench(
         typer.Option(help="Begin no further row after this time; the rest can be run later into the same folder."),
     ] = None,
 ) -> None:
-    """Runs the five-case latency benchmark, each case in a fresh process, and writes its tables."""
+    """Runs the latency benchmark's cases, each in a fresh process, and writes its tables."""
     options = Options(
         cases=parse_cases(cases or []),
         model=model,

@@ -15,7 +15,9 @@ from jitgraph.errors import OutputError
 
 KEPT_LOG = "prepare.log"
 """Of the run at hand: written before anything is put aside."""
-TABLES = ("case*.csv", "final_*_table.*", "summary.json", "figures.json", "environment.json")
+FOREIGN = "runtime-"
+"""Beginning of the files of ``benchmarks/runtime.py``, which keeps a record of its own in the same folder."""
+TABLES = ("case*.csv", "ablation_*", "final_*_table.*", "summary.json", "figures.json", "environment.json")
 SUFFIX = ".earlier"
 
 
@@ -26,7 +28,7 @@ def put_aside(folder: Path, note: Callable[[str], None]) -> None:
     Raises:
         OutputError: they cannot be moved.
     """
-    raw = [file for file in (folder / RAW).iterdir() if file.name != KEPT_LOG]
+    raw = [f for f in (folder / RAW).iterdir() if f.name != KEPT_LOG and not f.name.startswith(FOREIGN)]
     measured = any(file.suffix == ".jsonl" and file.stat().st_size for file in raw)
     try:
         if not measured:

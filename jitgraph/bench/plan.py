@@ -11,6 +11,13 @@ from jitgraph.errors import ConfigError
 
 CASES = ("baseline", "cuda-graph", "jit", "hybrid", "tensorrt-llm")
 """In the order in which they run and stand in the tables."""
+ABLATION = ("jit-all", "split")
+"""Further cases of this engine, run where they are asked for: what each part of the hybrid is worth."""
+ALL_CASES = (*CASES, *ABLATION)
+ABLATION_COLUMNS = ("cuda-graph", "jit", "jit-all", "split", "hybrid")
+"""Columns of the ablation's table: graphs alone, kernels alone, both side by side, both as one."""
+GROUPS = {"all": CASES, "ablation": ABLATION_COLUMNS}
+"""Names that stand for several cases."""
 LINEARS = "linears"
 """The pseudo-case of the ceiling: the model's matrix products alone, as one graph."""
 FILE_STEMS = {
@@ -19,6 +26,8 @@ FILE_STEMS = {
     "jit": "case3_jit_only",
     "hybrid": "case4_jit_cuda",
     "tensorrt-llm": "case5_tensorrt_llm",
+    "jit-all": "ablation_jit_all",
+    "split": "ablation_split",
 }
 TITLES = {
     "baseline": "HF baseline",
@@ -26,6 +35,8 @@ TITLES = {
     "jit": "JIT",
     "hybrid": "JIT + CUDA graph",
     "tensorrt-llm": "TensorRT-LLM",
+    "jit-all": "JIT for all ops",
+    "split": "JIT beside CUDA graphs",
 }
 DEFAULT_LENGTHS = (10, 50, 100, 150, 200, 250, 300, 350, 400, 500)
 INTERACTIVE, SUSTAINED = "interactive", "sustained"
@@ -161,7 +172,8 @@ class Options:
         _require(self.dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
         _require(self.max_minutes is None or self.max_minutes > 0, "max-minutes must be above 0")
         for case in self.pythons:
-            _require(case in CASES, f"--python names the unknown case {case!r}; the cases are {', '.join(CASES)}")
+            known = ", ".join(ALL_CASES)
+            _require(case in ALL_CASES, f"--python names the unknown case {case!r}; the cases are {known}")
 
     def plan(self, device: str) -> Plan:
         """The plan on a device that is known to exist (``cuda``, ``cuda:1`` or ``cpu``)."""
@@ -194,15 +206,17 @@ def _require(ok: bool, message: str) -> None:
 
 
 def parse_cases(names: Iterable[str]) -> tuple[str, ...]:
-    """Cases in table order from what the command line was given; nothing or ``all`` means all.
+    """Cases in table order from what the command line was given; nothing means ``all``, which is the five.
 
     Raises:
-        ConfigError: a name that is no case.
+        ConfigError: a name that is neither a case nor one of ``GROUPS``.
     """
-    wanted = set(names) or {"all"}
-    unknown = sorted(wanted - set(CASES) - {"all"})
-    _require(not unknown, f"unknown case {', '.join(unknown)}: choose from {', '.join(CASES)} or all")
-    return CASES if "all" in wanted else tuple(case for case in CASES if case in wanted)
+    given = set(names) or {"all"}
+    unknown = sorted(given - set(ALL_CASES) - set(GROUPS))
+    known = f"{', '.join(ALL_CASES)}, all (the first five) or ablation"
+    _require(not unknown, f"unknown case {', '.join(unknown)}: choose from {known}")
+    wanted = {case for name in given for case in GROUPS.get(name, (name,))}
+    return tuple(case for case in ALL_CASES if case in wanted)
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:

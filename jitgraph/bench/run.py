@@ -147,7 +147,7 @@ class Run:
     def _settle_folder(self, study: dict[str, Any]) -> None:
         """A run of all cases puts earlier results aside; a run of some joins what is there, if it is the same study."""
         known = read_json(raw_path(self.folder, "study.json"))
-        if self.options.cases == CASES:
+        if set(CASES) <= set(self.options.cases):
             put_aside(self.folder, self.board.note)
         elif known is not None:
             other = read_json(self.folder / "environment.json") or {}

@@ -17,9 +17,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from jitgraph.bench.plan import PROTOCOLS, TITLES
+from jitgraph.bench.ablation import AblationTable, ablation_caption, ablation_header, ablation_tables
+from jitgraph.bench.plan import CASES, PROTOCOLS
 from jitgraph.bench.study import Study
-from jitgraph.bench.tables import AVERAGE, EMULATED, NO_VALUE, caption, final_tables, header, remarks
+from jitgraph.bench.table_text import EMULATED, NO_VALUE
+from jitgraph.bench.tables import AVERAGE, caption, final_tables, header, remarks
 
 
 class Board:
@@ -84,15 +86,26 @@ def show_study(console: Console, study: Study) -> None:
         for final in final_tables(study, protocol):
             if len(final.lines) > 1:
                 console.print(_table(study, final.lines, caption(study, protocol, final.pacing)))
+    for ablation in ablation_tables(study):
+        console.print(_ablation_table(study, ablation))
     for remark in remarks(study):
         console.print(escape(remark), highlight=False)
+
+
+def _ablation_table(study: Study, ablation: AblationTable) -> Table:
+    table = Table(title=escape(ablation_caption(study, ablation.pacing)), title_justify="left")
+    for index, name in enumerate(ablation_header(study)):
+        table.add_column(name.replace(" (", "\n("), overflow="fold", justify="right" if index else "left")
+    for line in ablation.lines:
+        table.add_row(*(cell or NO_VALUE for cell in line))
+    return table
 
 
 def _table(study: Study, lines: tuple[tuple[str, ...], ...], title: str) -> Table:
     table = Table(title=escape(title), title_justify="left")
     for index, name in enumerate(header(study)):
         table.add_column(
-            name.replace(" (", "\n("), overflow="fold", justify="left" if index == len(TITLES) + 1 else "right"
+            name.replace(" (", "\n("), overflow="fold", justify="left" if index == len(CASES) + 1 else "right"
         )
     for line in lines:
         if line[0] == AVERAGE:

@@ -9,7 +9,7 @@ from typing import Any
 
 from jitgraph.bench import jobs
 from jitgraph.bench.floors import Floors, ceilings
-from jitgraph.bench.plan import CASES, DECODE_TOKENS, LINEARS, PACINGS, PROTOCOLS, WARMUP
+from jitgraph.bench.plan import ALL_CASES, DECODE_TOKENS, LINEARS, PACINGS, PROTOCOLS, WARMUP
 from jitgraph.bench.records import Block, BlockKey, raw_path, read_blocks, read_json
 from jitgraph.bench.stats import Summary, summarise
 from jitgraph.errors import OutputError
@@ -80,7 +80,7 @@ def load_study(folder: Path) -> Study:
     measured = read_json(raw_path(folder, "ceiling.json")) or {}
     ceiling = ceilings(measured, floors, _linears_ms(raw_path(folder, f"{LINEARS}.jsonl")), device)
     cases, rows = {}, []
-    for name in (*CASES, LINEARS):
+    for name in (*ALL_CASES, LINEARS):
         facts = read_json(raw_path(folder, f"{name}.json"))
         samples = raw_path(folder, f"{name}.jsonl")
         if facts is None and not samples.exists():
@@ -106,7 +106,7 @@ def _linears_ms(samples: Path) -> dict[tuple[str, int], float]:
 def _order(row: Row) -> tuple[int, int, int, int, int]:
     key = row.key
     return (
-        (*CASES, LINEARS).index(key.case),
+        (*ALL_CASES, LINEARS).index(key.case),
         (*PROTOCOLS, WARMUP).index(key.protocol),
         METRICS.index(key.metric),
         PACINGS.index(key.pacing),

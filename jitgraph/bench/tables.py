@@ -1,22 +1,19 @@
-"""The tables of a run: a CSV per case and protocol, and the two final tables as CSV and Markdown. Text from a study.
-
-CSV files begin with a byte order mark: spreadsheets take UTF-8 for what it is only then.
-"""
+"""The tables of a run: a CSV per case and protocol, and the two final tables as CSV and Markdown. Text from a study."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from jitgraph.bench import jobs
-from jitgraph.bench.plan import CASES, FILE_STEMS, INTERACTIVE, PACINGS, PROTOCOLS, TITLES, WARMUP
+from jitgraph.bench.ablation import ablation_csv, ablation_markdown, ablation_tables
+from jitgraph.bench.plan import ALL_CASES, CASES, FILE_STEMS, PROTOCOLS, TITLES, WARMUP
 from jitgraph.bench.records import write_json, write_text
 from jitgraph.bench.stats import Summary
 from jitgraph.bench.study import Row, Study
 from jitgraph.bench.summary import summary_json
+from jitgraph.bench.table_text import BOM, NO_VALUE, conditions, csv_text, lengths_of, markdown_row, pacings_of, title
 
 COLUMNS = (
     *("case", "device", "emulated", "protocol", "metric", "pacing", "prompt_tokens"),
@@ -24,12 +21,8 @@ COLUMNS = (
     *("ceiling_ms", "ratio", "peak_memory_gib", "exact", "padded", "eager", "note"),
 )
 AVERAGE = "AVERAGE"
-BOM = "\ufeff"
-EMULATED = " (emulated)"
-"""Follows the title of a case whose kernels and graphs the CPU imitates."""
 DISTURBED = 3.0
 """A P99 over this many medians is remarked on."""
-NO_VALUE = "\u2013"
 
 
 def write_tables(study: Study, folder: Path) -> list[Path]:
@@ -39,8 +32,8 @@ def write_tables(study: Study, folder: Path) -> list[Path]:
         OutputError: the folder cannot be written.
     """
     texts = {}
-    measured = [protocol for protocol in PROTOCOLS if lengths_of(study, protocol)] or list(PROTOCOLS)
-    for case in CASES:
+    measured = [protocol for protocol in PROTOCOLS if lengths_of(study, protocol, ALL_CASES)] or list(PROTOCOLS)
+    for case in ALL_CASES:
         if case in study.cases:
             for protocol in measured:
                 texts[f"{FILE_STEMS[case]}_{protocol}.csv"] = BOM + case_csv(study, case, protocol)
@@ -48,6 +41,9 @@ def write_tables(study: Study, folder: Path) -> list[Path]:
         tables = final_tables(study, protocol)
         texts[f"final_{protocol}_table.csv"] = BOM + final_csv(study, protocol, tables)
         texts[f"final_{protocol}_table.md"] = final_markdown(study, protocol, tables)
+    if ablation := ablation_tables(study):
+        texts["ablation_table.csv"] = BOM + ablation_csv(study, ablation)
+        texts["ablation_table.md"] = ablation_markdown(study, ablation)
     for name, text in texts.items():
         write_text(folder / name, text)
     write_json(folder / "summary.json", summary_json(study))
@@ -63,10 +59,10 @@ def case_csv(study: Study, case: str, protocol: str) -> str:
     if not rows:
         blank = [""] * (len(COLUMNS) - 8)
         for pacing in pacings_of(study):
-            for length in lengths_of(study, protocol):
+            for length in lengths_of(study, protocol, ALL_CASES):
                 where = [case, study.device, "", protocol, "ttft_ms", pacing, length]
                 lines.append([*where, *blank, reason_of(study, case)])
-    return _csv(lines)
+    return csv_text(lines)
 
 
 def _csv_line(row: Row) -> list[object]:
@@ -106,7 +102,7 @@ def final_tables(study: Study, protocol: str) -> list[FinalTable]:
 
 def _final_table(study: Study, protocol: str, pacing: str) -> FinalTable:
     found = study.select(protocol, "ttft_ms", pacing)
-    lengths = lengths_of(study, protocol)
+    lengths = lengths_of(study, protocol, CASES)
     lines = []
     for length in lengths:
         here = {case: found[case, length].summary for case in CASES if (case, length) in found}
@@ -131,24 +127,7 @@ def _cell(summary: Summary | None, protocol: str) -> str:
 
 def _winner(study: Study, values: dict[str, float]) -> str:
     """Title of the lowest value; nobody wins alone."""
-    return _title(study, min(values, key=lambda case: values[case])) if len(values) > 1 else ""
-
-
-def _title(study: Study, case: str) -> str:
-    """A case's title; an emulated case says so."""
-    return TITLES[case] + (EMULATED if study.emulated(case) else "")
-
-
-def pacings_of(study: Study) -> list[str]:
-    """Pacings with rows, headline first."""
-    present = {row.key.pacing for row in study.rows if row.key.protocol in PROTOCOLS}
-    return [pacing for pacing in PACINGS if pacing in present] or [INTERACTIVE]
-
-
-def lengths_of(study: Study, protocol: str) -> list[int]:
-    """Prompt lengths at which any case was measured."""
-    keys = [row.key for row in study.rows if row.key.case in CASES]
-    return sorted({key.prompt_tokens for key in keys if key.protocol == protocol and key.metric == "ttft_ms"})
+    return title(study, min(values, key=lambda case: values[case])) if len(values) > 1 else ""
 
 
 def reason_of(study: Study, case: str) -> str:
@@ -163,23 +142,20 @@ def reason_of(study: Study, case: str) -> str:
 
 def header(study: Study) -> tuple[str, ...]:
     """Column titles of a final table."""
-    return ("Prompt tokens", *(_title(study, case) for case in CASES), "Winner")
+    return ("Prompt tokens", *(title(study, case) for case in CASES), "Winner")
 
 
 def caption(study: Study, protocol: str, pacing: str) -> str:
     """What a final table shows."""
     what = "TTFT in ms, mean ± std" if protocol == "ttft" else "P99 of TTFT in ms"
-    pause = "50 ms pause before each request" if pacing == INTERACTIVE else "back to back"
-    model = study.model
-    subject = f"{model['name']}, {model['weights']} weights, {model['dtype']}, on {study.device}"
-    return f"{what}, {pacing} pacing ({pause}): {subject}"
+    return f"{what}, {conditions(study, pacing)}"
 
 
 def remarks(study: Study) -> list[str]:
     """What a reader must know beside the figures, one sentence each."""
-    reasons = {case: reason_of(study, case) for case in CASES if case in study.cases}
+    reasons = {case: reason_of(study, case) for case in ALL_CASES if case in study.cases}
     found = [f"{TITLES[case]}: {reason}." for case, reason in reasons.items() if reason]
-    if any(study.emulated(case) for case in CASES):
+    if any(study.emulated(case) for case in ALL_CASES):
         found.append(
             "Emulated: on the CPU plain PyTorch stands in for the kernels and captured work is run again; "
             "such figures say nothing about a GPU."
@@ -209,7 +185,7 @@ def _disturbed(study: Study) -> dict[tuple[str, str], list[int]]:
     found: dict[tuple[str, str], list[int]] = {}
     for row in study.rows:
         key, s = row.key, row.summary
-        shown = key.case in CASES and key.protocol in PROTOCOLS and key.metric in ("ttft_ms", "itl_ms")
+        shown = key.case in ALL_CASES and key.protocol in PROTOCOLS and key.metric in ("ttft_ms", "itl_ms")
         if shown and s.n >= 20 and s.p99 > DISTURBED * s.p50:
             lengths = found.setdefault((key.case, key.metric.removesuffix("_ms").upper()), [])
             if key.prompt_tokens not in lengths:
@@ -227,9 +203,9 @@ def final_csv(study: Study, protocol: str, tables: Sequence[FinalTable]) -> str:
     """The tables under each other: the pacing in the first column, what was measured on what in the last."""
     lines: list[Sequence[object]] = [("Pacing", *header(study), "Conditions")]
     for table in tables:
-        conditions = caption(study, protocol, table.pacing)
-        lines += [(table.pacing, *line, conditions) for line in table.lines]
-    return _csv(lines)
+        shown = caption(study, protocol, table.pacing)
+        lines += [(table.pacing, *line, shown) for line in table.lines]
+    return csv_text(lines)
 
 
 def final_markdown(study: Study, protocol: str, tables: Sequence[FinalTable]) -> str:
@@ -239,7 +215,7 @@ def final_markdown(study: Study, protocol: str, tables: Sequence[FinalTable]) ->
         head = header(study)
         rule = "|" + "|".join(["---:"] * (len(head) - 1) + [":---"]) + "|"
         body = [_markdown_line(line) for line in table.lines]
-        parts.append("\n".join([f"**{caption(study, protocol, table.pacing)}**", "", _join(head), rule, *body]))
+        parts.append("\n".join([f"**{caption(study, protocol, table.pacing)}**", "", markdown_row(head), rule, *body]))
     notes = "\n".join(f"- {note}" for note in remarks(study))
     return "\n\n".join(parts + ([notes] if notes else [])) + "\n"
 
@@ -248,14 +224,4 @@ def _markdown_line(line: Sequence[str]) -> str:
     *cells, winner = line
     if cells[0] == AVERAGE:
         cells[0] = f"**{AVERAGE}**"
-    return _join([*(cell or NO_VALUE for cell in cells), f"**{winner}**" if winner else ""])
-
-
-def _join(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _csv(lines: Sequence[Sequence[object]]) -> str:
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows(lines)
-    return text.getvalue()
+    return markdown_row([*(cell or NO_VALUE for cell in cells), f"**{winner}**" if winner else ""])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jitgraph.bench import jobs
-from jitgraph.bench.cases.common import CaseUnavailable
+from jitgraph.bench.cases.common import Case, CaseUnavailable
 from jitgraph.bench.gate import compute_references, references_from_json, references_to_json
 from jitgraph.bench.jobs import Events, Job
 from jitgraph.bench.plan import LINEARS, Options
@@ -102,6 +102,7 @@ def case(job: Job, events: Events) -> dict[str, Any]:
             events.facts({"gate_checked": checked})
             meter.timed()
             described: dict[str, Any] = subject.describe()
+            events.facts(attribution(subject, job))
             return described
         except GateFailed:
             writer.close()
@@ -111,6 +112,17 @@ def case(job: Job, events: Events) -> dict[str, Any]:
             writer.close()
     finally:
         subject.close()
+
+
+def attribution(subject: Case, job: Job) -> dict[str, Any]:
+    """What the case's decode steps cost the host, as facts. Whatever goes wrong here costs no row that was timed."""
+    plan = job.the_plan
+    prompt = job.prompts[plan.prompt_lengths[0]][: plan.max_model_len // 4]  # leaves room for the steps
+    try:
+        return {"attribution": subject.attribution(prompt)}
+    except Exception as error:
+        traceback.print_exc()
+        return {"attribution": {}, "attribution_error": f"{type(error).__name__}: {error}"}
 
 
 JOBS = {"prepare": prepare, "gate": gate, "ceiling": ceiling, "case": case}

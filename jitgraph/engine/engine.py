@@ -6,56 +6,48 @@ ready ``step`` only stages, replays and reads. It knows token ids, never text.
 
 from __future__ import annotations
 
-import secrets
+import contextlib
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 
 import torch
 
-from jitgraph.config import EngineConfig
-from jitgraph.engine.runner import InFlight, Runner
-from jitgraph.engine.scheduler import DecodePlan, Scheduler, Sequence
+from jitgraph.config import EngineConfig, parse_size
+from jitgraph.engine.allocate import allocate
+from jitgraph.engine.express import Express, Shot
+from jitgraph.engine.flights import InFlight
+from jitgraph.engine.intake import Intake
+from jitgraph.engine.loops import Loops
+from jitgraph.engine.ready import Preparation, Progress, ReadyReport
+from jitgraph.engine.runner import Runner
+from jitgraph.engine.scheduler import LoopPlan, Plan, Scheduler, Sequence
 from jitgraph.engine.sizing import Sizing, resolve_sizing
-from jitgraph.errors import CapacityError, ConfigError, RequestError
-from jitgraph.graphs.buffers import Buffers, BufferSizes
-from jitgraph.graphs.capture import Capturer
+from jitgraph.errors import ConfigError
+from jitgraph.graphs.capture import CapturedGraph, Capturer
+from jitgraph.graphs.capturer import ShadowCapturer
 from jitgraph.graphs.dispatch import Dispatcher
-from jitgraph.graphs.key import GraphKey, Phase, Sampling, precapture_keys
+from jitgraph.graphs.key import GraphKey
 from jitgraph.graphs.step import StepProgram
-from jitgraph.jit.monitor import MONITOR
-from jitgraph.model.cache import KVCache, PageAllocator
-from jitgraph.model.decoder import Decoder
-from jitgraph.model.rope import build_rope
+from jitgraph.graphs.store import Store, is_decode
 from jitgraph.model.spec import ModelSpec
 from jitgraph.model.weights import ModelWeights
-from jitgraph.ops.select import kernel_workspace, select_ops
-from jitgraph.ops.slots import SlotTable
-from jitgraph.types import MAX_STOP_TOKEN_IDS, FinishReason, Request, TokenChunk, TokenLogprobs
+from jitgraph.ops.select import select_ops
+from jitgraph.types import FinishReason, Request, SamplingParams, TokenChunk, TokenLogprobs
 
-Progress = Callable[[str, int, int], None]
-"""(phase, done, total): told about everything that takes long before ready."""
+__all__ = ["Engine", "Progress", "ReadyReport"]
 
-
-@dataclass(frozen=True)
-class ReadyReport:
-    """What getting ready took: milliseconds by phase, and what ``max_graphs`` left out."""
-
-    phases_ms: dict[str, float]
-    captured: tuple[GraphKey, ...]
-    left_out: tuple[GraphKey, ...]
-    pool_bytes: int
-    """Growth of the allocator's reserve while the first and largest graph was captured: the shared pool."""
-    reserved_growth_bytes: int
-    """Growth of the allocator's reserve while all the others were captured."""
+Ids = list[int] | tuple[int, ...]
+_NOTHING = contextlib.nullcontext()
+HELPER_WAIT_S = 200e-6
+"""Pause between looks at what the helper thread does, while idle."""
 
 
 class Engine:
     """Runs requests of token ids, several at once.
 
     Raises:
-        ConfigError, CapacityError, DeviceError: settings that cannot work on this model and device.
+        ConfigError, CapacityError, DeviceError, CompileError: settings that cannot work on this model and device.
     """
 
     def __init__(
@@ -74,131 +66,57 @@ class Engine:
         self.device = device
         self.dtype = dtype
         self.sizing: Sizing = resolve_sizing(config, spec, dtype.itemsize)
-        self._eos = eos_token_ids
-        self._progress = progress or (lambda phase, done, total: None)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.ready = ReadyReport()
         started = time.perf_counter()
-        ops = select_ops(config.ops, device)
-        self.ops = ops
-        rope = build_rope(spec, self.sizing.max_model_len, device)
-        cache = KVCache.allocate(spec, self.sizing.pages, config.page_size, dtype, device)
-        slots = SlotTable.allocate(config.max_streams, self.sizing.pages_per_slot, device)
-        splits, scratch = kernel_workspace(ops, self.sizing.max_model_len, spec.num_kv_heads, spec.vocab_size)
-        sizes = BufferSizes(self.sizing.arena_tokens, config.max_streams, splits, scratch)
-        self.buffers = Buffers(spec, sizes, slots, dtype, device)
-        self.cache = cache
-        self.pages = PageAllocator(self.sizing.pages)
-        program = StepProgram(Decoder(spec, weights, rope, ops), self.buffers, cache)
-        self.dispatcher = Dispatcher(config.graphs)
-        self._capturer = Capturer(device, self._stream)
-        self.runner = Runner(program, self.dispatcher, self._capturer, self._stream, config.fused_sampling)
+        self.ops = select_ops(config.ops, device, config.batch_invariant)
+        memory = allocate(config, spec, self.sizing, self.ops, weights)
+        self.cache, self.pages, self.buffers, program = memory
+        self.ready.phases_ms["allocate"] = (time.perf_counter() - started) * 1e3
+        limits = (config.max_graphs, parse_size(config.graph_memory, "graph_memory"))
+        self.store: Store[CapturedGraph] = Store(*limits, pinned=self._is_pinned)
+        self.dispatcher = Dispatcher(config.graphs, self.store, self.sizing.buckets)
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._capturer = Capturer(device, lambda _: self.ready.bytes_of_a_graph, stream)
+        whole = config.graph_scope == "step"
+        self.runner = Runner(
+            program, self.dispatcher, self.store, Loops(), stream, config.fused_sampling, whole, config.strict
+        )
+        self.intake = Intake(spec.vocab_size, self.sizing, self.pages.total, frozenset(eos_token_ids))
         self.scheduler = Scheduler(config.max_streams, self.sizing.chunk_tokens, self.pages)
         self._sequences: dict[int, Sequence] = {}
         self._flights: deque[InFlight] = deque()
         self._news: list[TokenChunk] = []
-        self.compiles_after_ready = 0
-        """Kernel specialisations compiled by a step; each one was a pause for somebody."""
-        self.ready = self._get_ready((time.perf_counter() - started) * 1e3)
+        self._get_ready(program, progress or (lambda phase, done, total: None))
 
-    # ------------------------------------------------------------------------------------------------ before ready
+    def _is_pinned(self, key: GraphKey) -> bool:
+        """Graphs that never make room for others: decoding, and the buckets that serve every prompt."""
+        return is_decode(key) or key.tokens in self.sizing.buckets
 
-    def _get_ready(self, allocate_ms: float) -> ReadyReport:
-        config = self.config
-        phases = {"allocate": allocate_ms}
-        keys, left_out = precapture_keys(
-            config.max_streams,
-            self.sizing.buckets,
-            config.precapture_lengths,
-            config.fused_sampling,
-            config.max_graphs if config.graphs else 0,
-        )
+    def _get_ready(self, program: StepProgram, progress: Progress) -> None:
         with torch.inference_mode():
-            if self._stream is not None:
-                # Weights, cache and buffers were filled on the caller's stream; the engine's own must not overtake it.
-                self._stream.wait_stream(torch.cuda.current_stream(self.device))
-                everything = list(dict.fromkeys(keys + left_out + self._eager_classes()))
-                phases["warm up"] = self._timed("warm up", everything, self.runner.warm_up)
-                self._stream.synchronize()
-            # The largest graph first: what a library wants from the shared pool it gets then, and the rest reuse it.
-            before = torch.cuda.memory_reserved(self.device) if self._stream is not None else 0
-            largest_first = sorted(keys, key=lambda key: key.tokens, reverse=True)
-            reserved: list[int] = []
-
-            def capture(keys: list[GraphKey], report: Callable[[GraphKey], None]) -> None:
-                for key in keys:
-                    self.runner.capture(key)
-                    reserved.append(torch.cuda.memory_reserved(self.device) if self._stream is not None else 0)
-                    report(key)
-
-            phases["capture"] = self._timed("capture", largest_first, capture)
-            growth = (reserved[0] - before, reserved[-1] - reserved[0]) if reserved else (0, 0)
+            preparation = Preparation(
+                self.config, self.sizing, program, self.runner, self.store, self._capturer, progress, self.ready
+            )
+            warm = preparation.run()
+        self._shadow = ShadowCapturer(
+            self.store,
+            lambda key: self._capturer.shadow(program.graph_part(key), lambda: program.graph_stages(key)),
+            is_warm=lambda key: key in warm or self.emulated,
+            warm_up=self.runner.warm_up_stages,
+        )
+        vocabulary = self.spec.vocab_size
+        self._express = Express(self.runner, self.scheduler, self.sizing, vocabulary, self.intake)
+        self._rolling = self.config.graphs and self.config.rolling and self.config.graph_scope == "step"
+        if self._rolling:
+            self.runner.reader.shadow = self._in_shadow
+        self._capturer.prepare_thread(self.dtype)
         self.reset_counters()
-        return ReadyReport(phases, tuple(keys), tuple(left_out) if config.graphs else (), *growth)
-
-    def _eager_classes(self) -> list[GraphKey]:
-        """Prompt sizes that stand for all others: kernels are specialised for T = 1, multiples of 16, and the rest."""
-        kinds = [Sampling.GREEDY, Sampling.FULL] if self.config.fused_sampling else [Sampling.OUTSIDE]
-        sizes = [size for size in (1, 5, 17) if size <= self.sizing.chunk_tokens]
-        return [GraphKey(Phase.PREFILL, size, kind) for kind in kinds for size in sizes]
-
-    def _timed(
-        self, phase: str, keys: list[GraphKey], work: Callable[[list[GraphKey], Callable[[GraphKey], None]], None]
-    ) -> float:
-        done = 0
-
-        def report(_: GraphKey) -> None:
-            nonlocal done
-            done += 1
-            self._progress(phase, done, len(keys))
-
-        started = time.perf_counter()
-        work(keys, report)
-        return (time.perf_counter() - started) * 1e3
 
     # ---------------------------------------------------------------------------------------------------- requests
 
     def validate(self, request: Request) -> None:
-        """Checks a request against the model and the cache.
-
-        Raises:
-            RequestError: empty prompt, ids out of the vocabulary, prompt over the context, too many stop ids.
-            CapacityError: it can never fit into the KV cache; the message has the budget that would do.
-        """
-        ids, vocabulary, limit = request.prompt_token_ids, self.spec.vocab_size, self.sizing.max_model_len
-        if not ids:
-            raise RequestError("the prompt is empty: give at least one token")
-        if min(ids) < 0 or max(ids) >= vocabulary:
-            wrong = next(i for i in ids if not 0 <= i < vocabulary)
-            raise RequestError(
-                f"token id {wrong} is not in the vocabulary of {vocabulary} entries (0 to {vocabulary - 1})"
-            )
-        if len(ids) >= limit:
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens but the context holds {limit} and must leave room for a new one: "
-                "shorten the prompt or raise max_model_len"
-            )
-        stop_ids = self._stop_ids(request)
-        if len(stop_ids) > MAX_STOP_TOKEN_IDS:
-            raise RequestError(
-                f"{len(stop_ids)} stop ids (with the model's EOS ids) are more than the {MAX_STOP_TOKEN_IDS} possible"
-            )
-        wrong_stop = [i for i in request.params.stop_token_ids if i >= vocabulary]
-        if wrong_stop:
-            raise RequestError(f"stop token id {wrong_stop[0]} is not in the vocabulary of {vocabulary} entries")
-        needed = self.sizing.pages_for(self._max_length(request))
-        if needed > self.pages.total:
-            raise CapacityError(
-                f"the request needs {needed} KV pages for {self._max_length(request)} tokens but the cache has "
-                f"{self.pages.total}: set kv_cache_memory to at least {(needed + 1) * self.sizing.page_bytes} bytes, "
-                "or lower max_tokens"
-            )
-
-    def _max_length(self, request: Request) -> int:
-        return min(len(request.prompt_token_ids) + request.params.max_tokens, self.sizing.max_model_len)
-
-    def _stop_ids(self, request: Request) -> frozenset[int]:
-        own = frozenset(request.params.stop_token_ids)
-        return own if request.params.ignore_eos else own | frozenset(self._eos)
+        """Checks a request against the model and the cache; see ``Intake.validate``."""
+        self.intake.validate(request)
 
     def submit(self, request: Request) -> None:
         """Queues a request; its tokens come out of ``step``. Raises as ``validate`` does."""
@@ -207,17 +125,50 @@ class Engine:
 
     def enqueue(self, request: Request) -> None:
         """Queues a request that ``validate`` has passed."""
+        self._forget_shot()
+        self.scheduler.add(self._sequence(request))
+
+    def fire(self, ids: Ids, params: SamplingParams) -> Shot | None:
+        """Sends a prompt to the GPU by the shortest way, if the engine is idle and prepared; ``book`` must follow.
+        None, and nothing done, where it must be submitted (or refused) the ordinary way."""
+        try:
+            return self._express.fire(ids, params)
+        except BaseException:
+            self._recover()
+            raise
+
+    def book(self, request: Request, shot: Shot) -> None:
+        """Takes a request that ``fire`` has launched into the books, and launches what comes next."""
+        try:
+            sequence = self._sequence(request)
+            admitted = self.scheduler.admit_whole(sequence)
+            assert admitted, "fired on an engine that was not idle"
+            self._flights.append(self.runner.book(sequence, shot.wanted, shot.decision))
+            self._express.unbooked = False
+        except BaseException:
+            self._recover()
+            raise
+        self.launch()
+
+    def _forget_shot(self) -> None:
+        """Before anything else is queued or launched: the way is no longer free, and a shot that an interrupt kept out
+        of the books is waited for and forgotten."""
+        if self._express.unbooked:
+            self._recover()
+        self._express.disarm()
+
+    def _sequence(self, request: Request) -> Sequence:
         assert request.request_id not in self._sequences, "request ids must not repeat while in use"
-        max_length = self._max_length(request)
-        sequence = Sequence(request, max_length, self._stop_ids(request), self.sizing.pages_for(max_length))
-        self._sequences[request.request_id] = sequence
-        self.scheduler.add(sequence)
+        sequence = self._sequences[request.request_id] = self.intake.sequence(request)
+        return sequence
 
     def cancel(self, request_id: int, reason: FinishReason = FinishReason.CANCELLED) -> None:
         """Ends a request now; steps already in flight are read and dropped. Unknown or finished ids are ignored."""
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None:
             self.scheduler.finish(sequence, reason)
+            if any(flight.loop for flight in self._flights):
+                self.runner.loops.call_off()  # it was the only one
 
     @property
     def busy(self) -> bool:
@@ -225,67 +176,195 @@ class Engine:
         return bool(self._flights) or bool(self._news) or not self.scheduler.idle
 
     def step(self) -> list[TokenChunk]:
-        """Admits, launches (one step ahead where that is free), reads the oldest step and returns its tokens.
+        """Admits, launches (ahead where that is free), reads the oldest step and returns its tokens.
 
         An interrupt while it waits for tokens changes nothing: the next call goes on. One in the middle of a launch
         ends all requests as cancelled (the next call says so) and leaves the engine ready for new ones.
         """
-        with torch.inference_mode():
-            try:
-                self._launch()
-            except BaseException:
-                self._recover()
-                raise
-            news, self._news = self._news, []
-            if news or not self._flights:
-                return news
-            tokens, now = self.runner.read(self._flights[0])
-            return self._record(self._flights.popleft(), tokens, now)
+        self.launch()
+        news, self._news = self._news, []
+        if news or not self._flights:
+            return news
+        with self._torch():
+            return self._read()
 
-    def _launch(self) -> None:
-        before = MONITOR.count
-        while (sequence := self.scheduler.admit()) is not None:
-            seed = sequence.request.params.seed
-            self.runner.admit(sequence, secrets.randbits(64) if seed is None else seed)
+    def launch(self) -> None:
+        """Launches what can be launched now and returns without waiting for any of it. ``step`` calls it too."""
+        try:
+            with self._torch():
+                self._forget_shot()
+                self._settle_loops()
+                while (plan := self._next_plan()) is not None:
+                    self._shadow.interrupt()
+                    self._flights.append(self.runner.launch(plan))
+        except BaseException:
+            self._recover()
+            raise
+
+    def _torch(self) -> AbstractContextManager[object]:
+        """Where launching and reading are work for PyTorch; on a GPU a replay is not, and goes without."""
+        return torch.inference_mode() if self.emulated else _NOTHING
+
+    def _next_plan(self) -> Plan | None:
+        """What to launch now, or None: loops go ahead of the host by two, single steps by one where that is free."""
+        looping = [flight for flight in self._flights if flight.loop]
+        if looping:
+            if not self.scheduler.alone(looping[0].sequences[0]):
+                self.runner.loops.call_off()  # somebody else wants to run
+            return None if self.runner.loops.called_off or len(looping) > 1 else self._loop_plan()
         depth = 2 if self.runner.can_run_ahead() else 1
-        while len(self._flights) < depth and (plan := self.scheduler.next_plan()) is not None:
-            self._flights.append(self.runner.launch(plan))
-        self.compiles_after_ready += MONITOR.count - before
+        while (sequence := self.scheduler.admit()) is not None:
+            sequence.seed = self.intake.seed(sequence.request.params)
+        if (plan := self._loop_plan()) is not None:
+            return plan
+        return self.scheduler.next_plan() if len(self._flights) < depth else None
+
+    def _loop_plan(self) -> LoopPlan | None:
+        """The lone sequence's next loop, where it is alone and there is such a loop."""
+        sequence = self.scheduler.lone()
+        if sequence is None:
+            return None
+        kind = self.runner.loop_kind(sequence)
+        if kind not in self.runner.loops:
+            return None
+        return self.scheduler.plan_loop(sequence, self.runner.loops.steps(kind))
+
+    def _read(self) -> list[TokenChunk]:
+        """Waits for the oldest flight's next step and records it."""
+        flight = self._flights[0]
+        try:
+            read = self.runner.read(flight)
+        except BaseException:
+            if self.runner.reader.broken:
+                self._recover()
+            raise
+        if read is None:
+            self._settle_loops()
+            return []
+        if flight.read == flight.count:
+            self._flights.popleft()
+        return self._record(flight, *read)
+
+    def _settle_loops(self) -> None:
+        """Once loops that were called off are over: reads what they still gave, and gives ordinary steps the word."""
+        loops = self.runner.loops
+        if not loops.called_off:
+            return
+        end = loops.over()
+        if end is None and any(flight.loop for flight in self._flights):
+            return  # some of their steps are still to be read
+        if end is None:
+            end = self.runner.await_loops()  # all are read: nothing may be numbered before the device says where it is
+        while self._flights:
+            flight = self._flights[0]
+            if flight.step >= end:
+                break
+            read = self.runner.read(flight)
+            assert read is not None, "a step before the end has been published"
+            if flight.read == flight.count:
+                self._flights.popleft()
+            self._news += self._record(flight, *read)
+        for flight in self._flights:
+            self.scheduler.recount(flight.sequences[0])
+        self._flights.clear()
+        self.runner.rewind(end)
+        loops.clear()
 
     def _recover(self) -> None:
         """After a launch that did not complete: ends every request and brings host and device back in step."""
+        self._express.disarm()
         self._flights.clear()
         now = time.perf_counter_ns()
         for identity in list(self._sequences):
             self.cancel(identity)
             self._news.append(TokenChunk(identity, None, now, finish_reason=FinishReason.CANCELLED))
-        self.runner.resynchronise()
+        with self._torch():
+            self.runner.resynchronise()
 
     def _record(self, flight: InFlight, tokens: list[int], now: int) -> list[TokenChunk]:
-        plan = flight.plan
-        sequences = plan.sequences if isinstance(plan, DecodePlan) else (plan.sequence,) * plan.emit
         chunks = []
-        for row, sequence in enumerate(sequences):
+        for row, sequence in enumerate(flight.sequences):
             if self.scheduler.record(sequence, tokens[row]):
                 identity = sequence.request.request_id
-                chunks.append(
-                    TokenChunk(identity, tokens[row], now, self._logprobs(flight, row, sequence), sequence.finished)
-                )
+                logprobs = self._logprobs(flight.step - 1, row, sequence)
+                chunks.append(TokenChunk(identity, tokens[row], now, logprobs, sequence.finished))
                 if sequence.finished is not None:
                     del self._sequences[identity]
+                    self._end_loops(flight)
         return chunks
 
-    def _logprobs(self, flight: InFlight, row: int, sequence: Sequence) -> TokenLogprobs | None:
+    def _end_loops(self, flight: InFlight) -> None:
+        """A sequence ended with a token of this flight. Where it was alone, the device has seen it too: what is left
+        of its loops runs no step."""
+        loops = [one for one in self._flights if one.loop]
+        if loops and not self.runner.loops.called_off:
+            self._flights = deque(one for one in self._flights if not one.loop)
+            self.runner.rewind(flight.step if flight.loop else loops[0].first)
+
+    def _logprobs(self, step: int, row: int, sequence: Sequence) -> TokenLogprobs | None:
         count = sequence.request.params.logprobs
         if count is None:
             return None
-        return self.runner.read_logprobs(flight, row, min(count, self.spec.vocab_size))
+        return self.runner.reader.logprobs(step, row, min(count, self.spec.vocab_size))
 
     def drain(self) -> None:
-        """Reads and drops every step in flight; call it when idle, before measuring memory or closing."""
-        while self._flights:
-            self._record(self._flights[0], *self.runner.read(self._flights[0]))
-            self._flights.popleft()
+        """Reads and drops every step in flight, and gives up an open capture, so that the device may be synchronised;
+        call it when idle, before measuring memory or closing."""
+        self._shadow.abandon()
+        with self._torch():
+            while self._flights:
+                self._read()
+
+    # ------------------------------------------------------------------------------------------------- idle and shadow
+
+    def _in_shadow(self, due: float) -> bool:
+        """A piece of capturing while the GPU is busy, where it ends before the next token is due."""
+        if not self._shadow.pending or not self._capturer.thread_is_prepared:
+            return False
+        with torch.inference_mode():
+            return self._shadow.advance(due)
+
+    @property
+    def idle_work(self) -> bool:
+        """Whether ``work_while_idle`` has anything to do."""
+        if not self.scheduler.idle:
+            return False
+        return bool(self._flights) or self._capturing or (self._express.usable and not self._express.armed)
+
+    @property
+    def _capturing(self) -> bool:
+        return self._rolling and self._shadow.pending
+
+    def work_while_idle(self) -> bool:
+        """One piece (a layer's time) of what the store still wants: warming up, capturing, destroying; before that, one
+        step that a cancelled request left in flight; at the end, the preparations for the next prompt. Whether there is
+        more. For the thread that owns the engine, while no request is there."""
+        if not self.idle_work:
+            return False
+        if self._flights:
+            with self._torch():
+                self._read()
+            return self.idle_work
+        self._forget_shot()
+        if not self._capturing:
+            with self._torch():
+                self._settle_loops()  # an armed launch comes before anybody looks for loops that were called off
+            self._express.arm()
+            return False
+        with torch.inference_mode():
+            if not self._shadow.advance(idle=True):
+                time.sleep(HELPER_WAIT_S)  # the helper thread is at it
+        return self.idle_work
+
+    def close(self) -> None:
+        """Ends what runs, and frees graphs, loops and the helper thread. The engine is of no use afterwards."""
+        for identity in list(self._sequences):
+            self.cancel(identity)
+        self.drain()
+        self.runner.reader.shadow = None
+        with torch.inference_mode():
+            self._shadow.close()
+            self.runner.loops.destroy()
 
     # ------------------------------------------------------------------------------------------------------- report
 
@@ -297,10 +376,14 @@ class Engine:
     def reset_counters(self) -> None:
         """Counts steps, paths and compiles from here on."""
         self.dispatcher.reset()
-        self.runner.steps = 0
-        self.compiles_after_ready = 0
+        self.runner.steps = self.runner.launches = self.runner.compiles = 0
+
+    @property
+    def compiles_after_ready(self) -> int:
+        """Kernel specialisations compiled by a step; each one was a pause for somebody."""
+        return self.runner.compiles
 
     @property
     def captures(self) -> int:
-        """Graphs captured since the start."""
-        return self._capturer.captures
+        """Graphs captured since the start, those at the start included."""
+        return self.store.counters.captures

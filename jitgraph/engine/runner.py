@@ -1,129 +1,229 @@
-"""Launches steps and reads their tokens: the only place between the scheduler's plans and the device.
+"""Launches steps and loops and reads their tokens: the only place between the scheduler's plans and the device.
 
-Engine's thread, one stream. A launch stages host inputs in pinned memory, enqueues their copies, asks the dispatcher,
-and replays or runs eagerly. Tokens come back through the mapped ring: reading them polls memory and never
-synchronises.
+Engine's thread, one stream. A launch writes its inputs into the inbox, which the device reads from host memory, asks
+the dispatcher, and replays or runs eagerly: one call, no copies. Tokens come back through the mapped ring: reading them
+polls memory and never synchronises. While it polls, it lends its time to whoever has work for the GPU's shadow.
 """
 
 from __future__ import annotations
 
 import contextlib
+import struct
 import time
-from collections.abc import Callable, Iterable
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
-import numpy as np
 import torch
 
-from jitgraph.engine.scheduler import DecodePlan, Plan, PrefillPlan, Sequence
+from jitgraph.engine.flights import InFlight
+from jitgraph.engine.loops import Loops
+from jitgraph.engine.pace import Pace
+from jitgraph.engine.reader import RingReader
+from jitgraph.engine.scheduler import DecodePlan, LoopPlan, Plan, PrefillPlan, Sequence
 from jitgraph.errors import DeviceError
-from jitgraph.graphs.buffers import HEADER, RING_DEPTH, STAGING_DEPTH, Buffers
-from jitgraph.graphs.capture import CapturedGraph, Capturer
-from jitgraph.graphs.dispatch import Dispatcher, Path
-from jitgraph.graphs.key import GraphKey, Phase, Sampling
+from jitgraph.graphs.buffers import INBOX_DEPTH, Buffers
+from jitgraph.graphs.capture import CapturedGraph
+from jitgraph.graphs.dispatch import Decision, Dispatcher
+from jitgraph.graphs.emulated import EmulatedDevice
+from jitgraph.graphs.key import GraphKey, Path, Phase, Sampling, prompt_sampling
 from jitgraph.graphs.step import StepProgram
-from jitgraph.ops.ring import RING_LOGPROB, RING_TOKEN, RING_TOP_IDS, RING_TOP_LOGPROBS
-from jitgraph.ops.slots import encode_row
-from jitgraph.types import TokenLogprobs
+from jitgraph.graphs.store import Store
+from jitgraph.jit.monitor import MONITOR
+from jitgraph.jit.strict import forbid_compiles
+from jitgraph.ops.inbox import ADMIT, EMIT, HEADER, MAX_ROWS, ROWS, SLOT
+from jitgraph.ops.slots import pack_row
 
-Words = np.ndarray[Any, np.dtype[np.int64]]
-
-STALL_SECONDS = 60.0
-"""A step that has not published its tokens after this long is taken for lost."""
-
-
-@dataclass(frozen=True)
-class InFlight:
-    """A launched step: what it works on and the number its ring record will carry."""
-
-    plan: Plan
-    step: int
+CHUNK = struct.Struct(f"@i{4 * (SLOT - ADMIT - 1)}x{EMIT - SLOT + 1}i")
+"""``ADMIT``, then ``SLOT``, ``START``, ``COUNT`` and ``EMIT``, at the beginning of a row."""
+_ROWS = struct.Struct(f"@{MAX_ROWS}i")
 
 
 class Runner:
-    """Owns the captured graphs and the device's step counter."""
+    """Owns the inbox, the ring and the numbers of launches and steps."""
 
     def __init__(
         self,
         program: StepProgram,
         dispatcher: Dispatcher,
-        capturer: Capturer,
+        store: Store[CapturedGraph],
+        loops: Loops,
         stream: torch.cuda.Stream | None,
         fused_sampling: bool,
+        whole_steps: bool = True,
+        strict: bool = False,
     ) -> None:
+        """``whole_steps``: a graph holds all of its step. ``strict``: a compilation in a step is an error."""
         self._program = program
         self._buffers: Buffers = program.buffers
         self._dispatcher = dispatcher
-        self._capturer = capturer
-        self._stream = stream
+        self._store = store
+        self.stream = stream
         self._fused = fused_sampling
-        self._graphs: dict[GraphKey, CapturedGraph] = {}
-        self._ring: Words = self._buffers.ring.numpy()
-        self._staging = {name: tensor.numpy() for name, tensor in self._buffers.staging.items()}
-        self._staged = dict.fromkeys(self._staging, 0)
-        self._rows: tuple[int, ...] = ()
+        self._strict = strict
+        alone = fused_sampling and whole_steps and program.decoder.ops.receives_on_device
+        self.replays_alone = stream is not None and alone
+        """Whether a step is its graph and nothing beside it."""
+        self.has_ways = self.replays_alone or (stream is None and fused_sampling and whole_steps)
+        """Whether a whole prompt can be one call, for ``way``."""
+        self.loops = loops
+        self.emulated = EmulatedDevice() if stream is None else None
+        self.pace = Pace()
+        self.reader = RingReader(self._buffers.ring, loops, stream, self.emulated)
+        self.inbox = memoryview(self._buffers.inbox.numpy().data).cast("B")
+        self._row_bytes = 4 * self._buffers.layout.width
+        self.prompt_offset = 4 * self._buffers.layout.prompt
+        """Bytes from the beginning of the inbox's row to its first token id."""
+        self._prompt_keys: dict[int, GraphKey] = {}
         self.steps = 0
+        self.launches = 0
+        self.compiles = 0
+        """Kernel specialisations that an eager step had to make ready; a replay launches what is there."""
 
     # ------------------------------------------------------------------------------------------------ before ready
 
     def warm_up(self, keys: Iterable[GraphKey], report: Callable[[GraphKey], None]) -> None:
-        """Runs every key eagerly on the dummy slot: compiles its kernels, loads its modules, settles library choices.
+        """Runs every key eagerly on the dummy slot: loads its modules, settles library choices.
 
         Raises:
             DeviceError: a kernel failed; the message carries the device's own words.
         """
         for key in keys:
-            with self._on_stream():
-                if key.phase is Phase.PREFILL:
-                    self._stage_prompt(self._buffers.slots.dummy, 0, [0] * key.tokens, emit=False)
-                else:
-                    self._stage_rows((), key.rows)
-                step = self._execute(key, self._sampling_kinds(key), None)
-            self._await(step, key.rows)
+            for _ in self.warm_up_stages(key):
+                pass
             report(key)
 
-    def capture(self, key: GraphKey) -> None:
-        """Captures a key that has been warmed up and tells the dispatcher."""
-        self._graphs[key] = self._capturer.capture(self._program.captured_part(key))
-        self._dispatcher.add(key)
+    def warm_up_stages(self, key: GraphKey) -> Iterator[None]:
+        """One eager run of a key on the dummy slot, in pieces of a layer; at the end it has run.
 
-    def _sampling_kinds(self, key: GraphKey) -> tuple[Sampling, ...]:
-        outside = key.sampling is Sampling.OUTSIDE
-        return (Sampling.GREEDY, Sampling.FULL) if outside else (key.sampling,)
+        It may be given up between any two pieces: launches and steps are counted as the device counts them. A piece is
+        launched once the one before it has run, so that a request in between waits for one piece.
+        """
+        program = self._program
+        self._stage_dummy(key)
+        stages = self._warm_up_pieces(key)
+        while True:
+            with self._on_stream():  # each piece enters the stream anew: the caller's own code runs between them
+                if next(stages, self) is self:
+                    break
+                done = None if self.stream is None else self.stream.record_event()
+            yield
+            while done is not None and not done.query():
+                yield
+        self.reader.wait(program.next_step - 1, key.rows)
+
+    def _warm_up_pieces(self, key: GraphKey) -> Iterator[None]:
+        program = self._program
+        program.before_graph(key)
+        stages = program.body_stages(key)
+        if program.decoder.ops.receives_on_device:
+            program.receive(key)
+        program.next_launch += 1
+        self.launches += 1
+        yield
+        yield from stages
+        kinds = (Sampling.GREEDY, Sampling.FULL) if key.sampling is Sampling.OUTSIDE else ()
+        for kind in kinds:
+            program.finish(key, kind)
+            program.next_step += 1
+        if not kinds:
+            program.next_step += 1
+        self.steps += max(1, len(kinds))
+
+    def _stage_dummy(self, key: GraphKey) -> None:
+        dummy = self._buffers.slots.dummy
+        if key.phase is Phase.PREFILL:
+            self._stage_prompt(dummy, 0, [0] * key.tokens, emit=False)
+        else:
+            self._stage_rows((), key.rows)
 
     # ------------------------------------------------------------------------------------------------------ launch
 
-    def admit(self, sequence: Sequence, seed: int) -> None:
-        """Writes a sequence into its slot of the table."""
-        index = self._next_staging("slot")
-        encode_row(
-            self._buffers.staging["slot"][index],
-            sequence.request.params,
-            sequence.prompt_length,
-            sequence.max_length,
-            tuple(sorted(sequence.stop_ids)),
-            seed,
-            sequence.pages,
-        )
-        with self._on_stream():
-            self._buffers.slots.words[sequence.slot].copy_(self._buffers.staging["slot"][index], non_blocking=True)
-
     def launch(self, plan: Plan) -> InFlight:
-        """Enqueues one step and returns at once (on the CPU: when it is done)."""
+        """Enqueues one step, or one loop, and returns at once (on the CPU: when the step is done)."""
+        if isinstance(plan, LoopPlan):
+            return self._launch_loop(plan)
         wanted, sampling = self._key(plan)
-        decision = self._dispatcher.decide(wanted)
-        graph = None if decision.path is Path.EAGER else self._graphs[decision.key]
-        with self._on_stream():
-            if isinstance(plan, PrefillPlan):
-                prompt = plan.sequence.request.prompt_token_ids
-                self._stage_prompt(
-                    plan.sequence.slot, plan.start, prompt[plan.start : plan.start + plan.count], plan.emit
-                )
-            else:
-                self._stage_rows(tuple(s.slot for s in plan.sequences), decision.key.rows)
-            return InFlight(plan, self._execute(decision.key, (sampling,), graph))
+        decision = self._dispatcher.choose(wanted)
+        key = decision.key
+        graph = None if decision.path is Path.EAGER else self._store.lookup(key)
+        if isinstance(plan, PrefillPlan):
+            self._stage_chunk(plan.sequence, plan.start, plan.count, plan.emit)
+        else:
+            self._stage_rows(tuple(s.slot for s in plan.sequences), key.rows)
+        if graph is not None and self.replays_alone:
+            graph.replay()
+        elif self.emulated is not None:
+            self.emulated.submit_step(lambda: self._execute(key, sampling, graph))
+        else:
+            with torch.inference_mode(), self._on_stream(), self._watched():
+                self._execute(key, sampling, graph)
+        # The GPU is at work from here on; books are kept beside it.
+        step = self._count()
+        self._dispatcher.note(wanted, decision)
+        if graph is not None:
+            self._store.use(key, step)
+        return InFlight(plan, key, step)
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Counts what is compiled inside, and in strict mode forbids it."""
+        before = MONITOR.count
+        try:
+            with forbid_compiles("after ready, in strict mode") if self._strict else contextlib.nullcontext():
+                yield
+        finally:
+            self.compiles += MONITOR.count - before
+
+    def way(self, count: int) -> tuple[GraphKey, Decision, Callable[[], None]] | None:
+        """How a whole prompt of ``count`` tokens would run as one graph: what it wants, what was chosen, and the replay
+        alone. None where it would not."""
+        wanted = self._prompt_key(count)
+        decision = self._dispatcher.choose(wanted)
+        graph = self._store.lookup(decision.key)
+        if graph is None:
+            return None
+        replay = graph.replay if self.replays_alone else partial(self._emulate, decision.key, graph)
+        return wanted, decision, replay
+
+    def _emulate(self, key: GraphKey, graph: CapturedGraph) -> None:
+        assert self.emulated is not None
+        with torch.inference_mode():
+            self.emulated.submit_step(lambda: self._execute(key, key.sampling, graph))
+
+    def book(self, sequence: Sequence, wanted: GraphKey, decision: Decision) -> InFlight:
+        """Counts a whole prompt's step that has been launched."""
+        step = self._count()
+        self._dispatcher.note(wanted, self._dispatcher.choose(wanted))  # the same, and the reason of today
+        self._store.use(decision.key, step)
+        return InFlight(PrefillPlan(sequence, 0, sequence.prompt_length, True), decision.key, step)
+
+    def _execute(self, key: GraphKey, sampling: Sampling, graph: CapturedGraph | None) -> None:
+        """Runs a step whose inputs are in the inbox."""
+        program = self._program
+        program.before_graph(key)
+        if graph is not None:
+            graph.replay()
+        else:
+            program.graph_part(key)()
+        if key.sampling is Sampling.OUTSIDE:
+            program.finish(key, sampling)
+
+    def _launch_loop(self, plan: LoopPlan) -> InFlight:
+        kind = self.loop_kind(plan.sequence)
+        self._stage_rows((plan.sequence.slot,), 1)
+        self.loops.launch(kind)
+        program = self._program
+        flight = InFlight(plan, GraphKey(Phase.DECODE, 1, kind), program.next_step, plan.count)
+        program.next_step += plan.count
+        program.next_launch += 1
+        self.launches += 1
+        return flight
+
+    def loop_kind(self, sequence: Sequence) -> Sampling:
+        """The sampling of a lone sequence's decode steps."""
+        return Sampling.GREEDY if sequence.request.params.greedy else Sampling.FULL
 
     def can_run_ahead(self) -> bool:
         """Whether launching another step before reading this one costs the host next to nothing.
@@ -131,118 +231,120 @@ class Runner:
         True where steps are replayed on a GPU. Eager steps keep the host busy for their whole length, and on the CPU a
         launch *is* the step: there, running ahead would only delay the token at hand.
         """
-        return self._stream is not None and bool(self._graphs)
+        return self.stream is not None and self._store.holds_graphs
 
-    def _key(self, plan: Plan) -> tuple[GraphKey, Sampling]:
-        sequences = plan.sequences if isinstance(plan, DecodePlan) else (plan.sequence,)
-        greedy = all(s.request.params.greedy for s in sequences)
+    def _key(self, plan: PrefillPlan | DecodePlan) -> tuple[GraphKey, Sampling]:
+        if isinstance(plan, PrefillPlan):
+            key = self._prompt_key(plan.count)
+            return key, key.sampling if self._fused else self.loop_kind(plan.sequence)
+        greedy = all(s.request.params.greedy for s in plan.sequences)
         sampling = Sampling.GREEDY if greedy else Sampling.FULL
         kind = sampling if self._fused else Sampling.OUTSIDE
-        if isinstance(plan, DecodePlan):
-            return GraphKey(Phase.DECODE, len(plan.sequences), kind), sampling
-        return GraphKey(Phase.PREFILL, plan.count, kind), sampling
+        return GraphKey(Phase.DECODE, len(plan.sequences), kind), sampling
 
-    def _execute(self, key: GraphKey, kinds: tuple[Sampling, ...], graph: CapturedGraph | None) -> int:
-        """Runs a step whose inputs are staged; returns its number. Several ``kinds`` (warm-up) count several steps."""
+    @property
+    def generation(self) -> int:
+        """Changes with the graphs that are ready."""
+        return self._store.generation
+
+    def _prompt_key(self, count: int) -> GraphKey:
+        key = self._prompt_keys.get(count)
+        if key is None:
+            key = self._prompt_keys[count] = GraphKey(Phase.PREFILL, count, prompt_sampling(self._fused))
+        return key
+
+    def _count(self) -> int:
+        """Gives the launch that has just been made its numbers; returns that of its step."""
         program = self._program
-        if graph is not None:
-            graph.replay()
-        else:
-            program.captured_part(key)()
-        if key.sampling is Sampling.OUTSIDE:
-            for kind in kinds[:-1]:
-                program.finish(key, kind)
-                program.host_step += 1
-            program.finish(key, kinds[-1])
-        step = program.host_step
-        program.host_step += 1
+        step = program.next_step
+        program.next_step += 1
+        program.next_launch += 1
         self.steps += 1
+        self.launches += 1
         return step
 
-    def _stage_prompt(self, slot: int, start: int, ids: Iterable[int], emit: bool) -> None:
-        index = self._next_staging("prompt")
-        row = self._staging["prompt"][index]
-        chunk = list(ids)
-        end = HEADER + len(chunk)
-        row[:HEADER] = (slot, start, len(chunk), int(emit))
-        row[HEADER:end] = chunk
-        self._buffers["prompt"][:end].copy_(self._buffers.staging["prompt"][index, :end], non_blocking=True)
+    # ------------------------------------------------------------------------------------------------------- inbox
+
+    def _stage_chunk(self, sequence: Sequence, start: int, count: int, emit: bool) -> None:
+        request = sequence.request
+        prompt = request.prompt_token_ids
+        ids = prompt if count == len(prompt) else prompt[start : start + count]
+        row = self._stage_prompt(sequence.slot, start, ids, emit, admit=start == 0)
+        if start == 0:
+            pack_row(
+                self.inbox,
+                row + 4 * HEADER,
+                self._buffers.layout.slot_words,
+                request.params,
+                len(prompt),
+                sequence.max_length,
+                sequence.sorted_stop_ids,
+                sequence.seed,
+                sequence.pages,
+            )
+
+    def _stage_prompt(self, slot: int, start: int, ids: Iterable[int], emit: bool, admit: bool = False) -> int:
+        """A chunk in the inbox; returns the byte at which its row begins."""
+        row = self.next_row()
+        words = array("i", ids)
+        CHUNK.pack_into(self.inbox, row, admit, slot, start, len(words), emit)
+        at = row + self.prompt_offset
+        self.inbox[at : at + 4 * len(words)] = memoryview(words).cast("B")
+        return row
 
     def _stage_rows(self, slots: tuple[int, ...], rows: int) -> None:
-        """Puts the batch's slots into the first rows and the dummy into the others, where anything has changed."""
-        dummy = self._buffers.slots.dummy
-        wanted = slots + (dummy,) * (self._buffers.sizes.rows - len(slots))
-        assert len(slots) <= rows
-        if wanted == self._rows:
-            return
-        index = self._next_staging("row_slot")
-        self._staging["row_slot"][index] = wanted
-        self._buffers["row_slot"].copy_(self._buffers.staging["row_slot"][index], non_blocking=True)
-        self._rows = wanted
+        """The batch's slots in the first rows, the dummy in the others."""
+        assert len(slots) <= rows <= MAX_ROWS
+        padding = (self._buffers.slots.dummy,) * (MAX_ROWS - len(slots))
+        _ROWS.pack_into(self.inbox, self.next_row() + 4 * ROWS, *slots, *padding)
 
-    def _next_staging(self, name: str) -> int:
-        self._staged[name] = (self._staged[name] + 1) % STAGING_DEPTH
-        return self._staged[name]
+    def next_row(self) -> int:
+        """The byte of the inbox at which the next launch's row begins."""
+        return self._program.next_launch % INBOX_DEPTH * self._row_bytes
 
     def _on_stream(self) -> AbstractContextManager[object]:
-        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        return contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+    def rewind(self, step: int) -> None:
+        """The next step's number is ``step``: loops that ended early have run fewer than were counted."""
+        self._program.next_step = step
 
     def resynchronise(self) -> None:
-        """Waits for the device and takes over its step counter, after a launch that did not complete."""
-        if self._stream is not None:
+        """Waits for the device and takes over its counters, after a launch that did not complete."""
+        self.loops.call_off()
+        if self.emulated is not None:
+            self.emulated.drain()
+        elif self.stream is not None:
             try:
-                self._stream.synchronize()
+                self.stream.synchronize()
             except RuntimeError as error:
                 raise DeviceError(f"the GPU failed, a new engine is needed: {error}") from error
-        self._program.host_step = int(self._buffers["counter"])
-        self._rows = ()
+        self.reader.broken = False
+        self.loops.clear()
+        self.loops.forget()
+        self._program.next_step = int(self._buffers["counter"])
+        self._program.next_launch = int(self._buffers["launches"])
 
     # -------------------------------------------------------------------------------------------------------- read
 
-    def read(self, flight: InFlight) -> tuple[list[int], int]:
-        """Waits for a step's tokens, one per row of its plan, and the time at which the host had them (ns)."""
-        rows = len(flight.plan.sequences) if isinstance(flight.plan, DecodePlan) else 1
-        record = self._await(flight.step, rows)
+    def read(self, flight: InFlight) -> tuple[list[int], int] | None:
+        """Waits for the tokens of a flight's next step, one per row, and the time at which the host had them (ns).
+
+        None where that step never comes: the flight is a loop that was called off, and all loops are over.
+        """
+        step, rows = flight.step, max(1, len(flight.sequences))
+        if not self.reader.wait(step, rows, self.pace.due(flight.key, step), flight.loop and self.loops.called_off):
+            return None
         now = time.perf_counter_ns()
-        return [int(word & 0xFFFFFFFF) for word in record[:rows, RING_TOKEN]], now
+        tokens = self.reader.tokens(step, rows)
+        self.pace.note(flight.key, step, now)
+        self._store.completed(step)
+        flight.read += 1
+        if flight.loop:
+            self._dispatcher.looped()
+            self.steps += 1
+        return tokens, now
 
-    def read_logprobs(self, flight: InFlight, row: int, count: int) -> TokenLogprobs:
-        """Log-probabilities of a row whose tokens have been read, with ``count`` alternatives."""
-        record = self._ring[flight.step % RING_DEPTH, row]
-        columns = [RING_LOGPROB]
-        columns += range(RING_TOP_IDS, RING_TOP_IDS + count)
-        columns += range(RING_TOP_LOGPROBS, RING_TOP_LOGPROBS + count)
-        self._poll(record, columns, flight.step)
-        payload = (record & 0xFFFFFFFF).astype(np.uint32)
-        values = payload.view(np.float32)
-        top = tuple((int(payload[RING_TOP_IDS + i]), float(values[RING_TOP_LOGPROBS + i])) for i in range(count))
-        return TokenLogprobs(int(payload[RING_TOKEN]), float(values[RING_LOGPROB]), top)
-
-    def _await(self, step: int, rows: int) -> Words:
-        record: Words = self._ring[step % RING_DEPTH]
-        for row in range(rows):
-            self._poll(record[row], [RING_TOKEN], step)
-        return record
-
-    def _poll(self, words: Words, columns: list[int], step: int) -> None:
-        """Spins until each of the words carries the step's number."""
-        stamp = step & 0xFFFFFFFF
-        spins = 0
-        deadline = 0.0
-        for column in columns:
-            while (int(words[column]) >> 32) & 0xFFFFFFFF != stamp:
-                spins += 1
-                if spins % 4096 == 0:
-                    deadline = self._check_alive(deadline, step)
-
-    def _check_alive(self, deadline: float, step: int) -> float:
-        """Raises where the device reports an error or has been silent for too long; a query is no synchronisation."""
-        if self._stream is not None:
-            try:
-                self._stream.query()
-            except RuntimeError as error:
-                raise DeviceError(f"the GPU failed in step {step}: {error}") from error
-        now = time.monotonic()
-        if deadline and now > deadline:
-            raise DeviceError(f"step {step} gave no token within {STALL_SECONDS:.0f} s; the engine must be restarted")
-        return deadline or now + STALL_SECONDS
+    def await_loops(self) -> int:
+        """Waits until all loops are over, whose steps have all been read; returns the number of the next step."""
+        return self.reader.await_loops(self._program.next_step)

@@ -22,6 +22,8 @@ class Sequence:
     """Tokens of prompt and output together at which it ends."""
     stop_ids: frozenset[int]
     pages_needed: int
+    seed: int = 0
+    """Of its draws."""
     slot: int = -1
     pages: list[int] = field(default_factory=list)
     prefilled: int = 0
@@ -37,10 +39,19 @@ class Sequence:
         return len(self.request.prompt_token_ids)
 
     @property
+    def sorted_stop_ids(self) -> tuple[int, ...]:
+        """The stop ids in one order."""
+        return tuple(sorted(self.stop_ids))
+
+    @property
+    def remaining(self) -> int:
+        """Output tokens whose step has not been launched."""
+        return self.max_length - self.prompt_length - self.launched
+
+    @property
     def decoding(self) -> bool:
         """Whether a decode step may be launched for it now."""
-        done = self.prompt_length + self.launched >= self.max_length
-        return self.finished is None and self.prefilled == self.prompt_length and not done
+        return self.finished is None and self.prefilled == self.prompt_length and self.remaining > 0
 
 
 @dataclass(frozen=True)
@@ -61,13 +72,26 @@ class DecodePlan:
     sequences: tuple[Sequence, ...]
 
 
-Plan = PrefillPlan | DecodePlan
+@dataclass(frozen=True)
+class LoopPlan:
+    """Up to ``count`` tokens of one sequence, step after step without the host."""
+
+    sequence: Sequence
+    count: int
+
+
+Plan = PrefillPlan | DecodePlan | LoopPlan
 
 
 class PageBook(Protocol):
     """Who hands out KV pages (``model.cache.PageAllocator``)."""
 
+    @property
+    def free(self) -> int: ...
+
     def take(self, count: int) -> list[int] | None: ...
+
+    def upcoming(self, most: int) -> list[int]: ...
 
     def give_back(self, pages: list[int]) -> None: ...
 
@@ -90,15 +114,31 @@ class Scheduler:
     def admit(self) -> Sequence | None:
         """Moves the oldest waiting sequence into a free slot; None where there is none, or no slot, or not its
         pages."""
-        if not self.waiting or not self._free_slots:
+        if not self.admissible:
             return None
         pages = self._pages.take(self.waiting[0].pages_needed)
-        if pages is None:
-            return None
+        assert pages is not None
         sequence = self.waiting.popleft()
         sequence.pages, sequence.slot = pages, self._free_slots.pop()
         self.running.append(sequence)
         return sequence
+
+    def admit_whole(self, sequence: Sequence) -> bool:
+        """Admits a sequence that never waited and counts its whole prompt as launched, which fits one step; False, and
+        nothing done, where anybody else is there or pages are short."""
+        if self.running or self.waiting or sequence.prompt_length > self._chunk:
+            return False
+        pages = self._pages.take(sequence.pages_needed)
+        if pages is None:
+            return False
+        sequence.pages, sequence.slot = pages, self._free_slots.pop()
+        sequence.prefilled, sequence.launched = sequence.prompt_length, 1
+        self.running.append(sequence)
+        return True
+
+    def upcoming(self, most: int) -> tuple[int, list[int]]:
+        """The slot that the next admission gets, and its first ``most`` pages or as many as are free, in order."""
+        return self._free_slots[-1], self._pages.upcoming(most)
 
     def next_plan(self) -> Plan | None:
         """The next step to launch, counted as launched; None where there is nothing to do yet."""
@@ -113,6 +153,30 @@ class Scheduler:
         for sequence in rows:
             sequence.launched += 1
         return DecodePlan(rows)
+
+    def alone(self, sequence: Sequence) -> bool:
+        """Whether nobody else runs or could run now."""
+        return len(self.running) == 1 and self.running[0] is sequence and not self.admissible
+
+    def lone(self) -> Sequence | None:
+        """The sequence that alone may decode another step, nothing else being there to do; None otherwise."""
+        first = self.running[0] if self.running else None
+        return first if first is not None and first.decoding and self.alone(first) else None
+
+    def plan_loop(self, sequence: Sequence, steps: int) -> LoopPlan:
+        """The next up to ``steps`` tokens of the lone sequence, counted as launched."""
+        count = min(steps, sequence.remaining)
+        sequence.launched += count
+        return LoopPlan(sequence, count)
+
+    def recount(self, sequence: Sequence) -> None:
+        """Fewer steps ran than were launched: only those whose tokens have been read count."""
+        sequence.launched = len(sequence.tokens)
+
+    @property
+    def admissible(self) -> bool:
+        """Whether the oldest waiting sequence could be admitted now."""
+        return bool(self.waiting) and bool(self._free_slots) and self._pages.free >= self.waiting[0].pages_needed
 
     def _plan_prefill(self, sequence: Sequence) -> PrefillPlan:
         start = sequence.prefilled
@@ -147,7 +211,7 @@ class Scheduler:
             self.running.remove(sequence)
             self._free_slots.append(sequence.slot)
             self._pages.give_back(sequence.pages)
-        else:
+        elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
     @property

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 from jitgraph.config import EngineConfig, parse_size
 from jitgraph.errors import CapacityError, ConfigError
+from jitgraph.lengths import parse_lengths
+from jitgraph.model.decoder import KVWindow
 from jitgraph.model.spec import ModelSpec
+from jitgraph.types import MAX_TOKENS
 
 DEFAULT_MAX_MODEL_LEN = 4096
 
@@ -16,6 +19,7 @@ class Sizing:
     """Definite figures of one engine."""
 
     max_model_len: int
+    """Tokens of prompt and output at which a sequence ends."""
     page_size: int
     pages_per_slot: int
     pages: int
@@ -23,34 +27,47 @@ class Sizing:
     page_bytes: int
     buckets: tuple[int, ...]
     """Prompt buckets that the context can fill, ascending; the last is the chunk of longer prompts."""
+    exact_lengths: tuple[int, ...]
+    """Prompt lengths that get a graph of their own at start."""
     arena_tokens: int
     """Most tokens of one step."""
+    window: KVWindow | None = None
+    """Where the KV cache rolls."""
 
     @property
     def chunk_tokens(self) -> int:
         """Most prompt tokens of one step."""
         return self.buckets[-1]
 
+    @property
+    def positions(self) -> int:
+        """Rotary positions that can occur."""
+        return self.max_model_len if self.window is None else self.window.cells
+
     def pages_for(self, tokens: int) -> int:
         """Pages of a sequence that ends at ``tokens``; its last token is never fed, so never cached."""
-        return max(1, -(-(tokens - 1) // self.page_size))
+        cached = tokens - 1 if self.window is None else min(tokens - 1, self.window.cells)
+        return max(1, -(-cached // self.page_size))
 
 
 def resolve_sizing(config: EngineConfig, spec: ModelSpec, element_bytes: int) -> Sizing:
     """Figures for a config and a model.
 
     Raises:
-        ConfigError: ``max_model_len`` over the model's limit, or an exact length over the context.
+        ConfigError: ``max_model_len`` or ``kv_window`` over the model's limit, an exact length over the context, or a
+            model that a rolling window does not suit.
         CapacityError: a KV budget that cannot hold two pages, with the figures that would do.
     """
     limit = spec.max_position_embeddings
     if spec.rope.kind == "dynamic":
         limit = int(limit * spec.rope.factor)
-    max_model_len = config.max_model_len or min(limit, DEFAULT_MAX_MODEL_LEN)
-    if max_model_len > limit:
+    window = _window(config, spec, limit)
+    max_model_len = MAX_TOKENS if window else config.max_model_len or min(limit, DEFAULT_MAX_MODEL_LEN)
+    if window is None and max_model_len > limit:
         raise ConfigError(f"max_model_len {max_model_len} is over the model's limit of {limit} tokens")
     page_bytes = spec.kv_bytes_per_token(element_bytes) * config.page_size
-    pages_per_slot = -(-(max_model_len - 1) // config.page_size)
+    cached = window.cells if window else max_model_len - 1
+    pages_per_slot = -(-cached // config.page_size)
     pages = config.max_streams * pages_per_slot + 1
     if config.kv_cache_memory is not None:
         budget = parse_size(config.kv_cache_memory, "kv_cache_memory")
@@ -58,15 +75,11 @@ def resolve_sizing(config: EngineConfig, spec: ModelSpec, element_bytes: int) ->
         if pages < 2:
             raise CapacityError(
                 f"kv_cache_memory of {budget} bytes is too small: two pages of {config.page_size} tokens are the least "
-                f"and take {2 * page_bytes} bytes; one sequence of {max_model_len} tokens takes "
+                f"and take {2 * page_bytes} bytes; one sequence of {cached} tokens takes "
                 f"{(pages_per_slot + 1) * page_bytes} bytes"
             )
-    longest = max_model_len - 1  # a prompt must leave room for one new token
-    too_long = [n for n in config.precapture_lengths if n > longest]
-    if too_long:
-        raise ConfigError(
-            f"precapture_lengths has {too_long[0]} but prompts end at {longest} tokens: raise max_model_len"
-        )
+    # A prompt must leave room for one new token, and a chunk must not pass the window it is read through.
+    longest = window.recent if window else max_model_len - 1
     buckets = tuple(dict.fromkeys(min(bucket, longest) for bucket in config.prefill_buckets))
     return Sizing(
         max_model_len=max_model_len,
@@ -75,5 +88,19 @@ def resolve_sizing(config: EngineConfig, spec: ModelSpec, element_bytes: int) ->
         pages=pages,
         page_bytes=page_bytes,
         buckets=buckets,
+        exact_lengths=parse_lengths(config.precapture_lengths, buckets, "precapture_lengths"),
         arena_tokens=max(buckets[-1], config.max_streams),
+        window=window,
     )
+
+
+def _window(config: EngineConfig, spec: ModelSpec, limit: int) -> KVWindow | None:
+    if config.kv_window is None:
+        return None
+    if config.kv_window > limit:
+        raise ConfigError(f"kv_window {config.kv_window} is over the model's limit of {limit} tokens")
+    if any(spec.layer_windows):
+        raise ConfigError(f"kv_window does not go together with this model's own sliding window ({spec.family})")
+    if spec.rope.kind == "dynamic":
+        raise ConfigError("kv_window does not go together with dynamic RoPE scaling, which follows the whole length")
+    return KVWindow(config.kv_sinks, config.kv_window - config.kv_sinks)

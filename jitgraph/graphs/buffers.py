@@ -14,17 +14,16 @@ import torch
 from jitgraph.graphs.key import GraphKey
 from jitgraph.model.batch import Batch, Workspace
 from jitgraph.model.spec import ModelSpec
+from jitgraph.ops.inbox import EMIT, MAX_ROWS, ROWS, SLOT, InboxLayout
 from jitgraph.ops.ring import RING_FIELDS
+from jitgraph.ops.select import KernelWorkspace
 from jitgraph.ops.slots import SlotTable
 from jitgraph.types import MAX_LOGPROBS
 
-RING_DEPTH = 64
-"""Steps whose records the token ring holds; far more than are ever in flight."""
-STAGING_DEPTH = 32
-"""Pinned copies of each host input. A copy may still be read while its step is in flight: at most two steps are, and
-each may admit 8 sequences, so 3 x 8 are enough."""
-HEADER = 4
-"""int32 words before the ids of a staged prompt chunk: slot, start, n, emit."""
+RING_DEPTH = 256
+"""Steps whose records the token ring holds: two device-side loops and what comes before and after them."""
+INBOX_DEPTH = 32
+"""Launches whose inputs the inbox holds. A row may be read until its launch has run, and few are ever in flight."""
 
 
 class Padding(enum.Enum):
@@ -32,7 +31,7 @@ class Padding(enum.Enum):
 
     PREPARED = "the prepare op writes every element of every step, padding as the dummy slot's"
     WRITTEN = "each element is written before it is read within one step, so stale content is harmless"
-    HOST = "the host writes it before a step that reads it; elements past the header's count are never read"
+    HOST = "the step's first op writes it from the inbox; elements past the header's count are never read"
     STATE = "kept from step to step; padding belongs to the dummy slot"
 
 
@@ -61,15 +60,13 @@ class BufferSizes:
     """T: the largest bucket, or the largest batch where that is more."""
     rows: int
     """R: the largest batch."""
-    splits: int
-    """Splits of the keys in decode attention."""
-    scratch_words: int
-    """float32 words of sampling scratch per row."""
+    kernels: KernelWorkspace
+    """What the chosen kernels need."""
 
 
-def declare(spec: ModelSpec, sizes: BufferSizes, dtype: torch.dtype) -> list[Declared]:
-    """The buffers on the device, in the order in which they are laid out."""
-    t, r = sizes.tokens, sizes.rows
+def declare(spec: ModelSpec, sizes: BufferSizes, layout: InboxLayout, slots: int, dtype: torch.dtype) -> list[Declared]:
+    """The buffers on the device, in the order in which they are laid out; ``slots`` counts the dummy."""
+    t, r, kernels = sizes.tokens, sizes.rows, sizes.kernels
     i32, f32 = torch.int32, torch.float32
     prepared = [(name, (t,)) for name in ("token_ids", "positions", "token_slot")]
     prepared += [(name, (r,)) for name in ("sample_index", "sample_slot", "sample_position")]
@@ -82,11 +79,13 @@ def declare(spec: ModelSpec, sizes: BufferSizes, dtype: torch.dtype) -> list[Dec
         ("attended", (t, spec.num_heads, spec.head_dim), dtype),
         ("gate_up", (t, 2 * spec.intermediate_size), dtype),
         ("activated", (t, spec.intermediate_size), dtype),
-        ("partial", (r, spec.num_heads, sizes.splits, spec.head_dim), f32),
-        ("partial_lse", (r, spec.num_heads, sizes.splits), f32),
+        ("partial", (r, spec.num_heads, kernels.splits, spec.head_dim), f32),
+        ("partial_lse", (r, spec.num_heads, kernels.splits), f32),
+        ("split_sums", (kernels.split_sums,), f32),
         ("last_hidden", (r, spec.hidden_size), dtype),
+        ("last_normed", (r, spec.hidden_size), dtype),
         ("logits", (r, spec.vocab_size), dtype),
-        ("scratch", (r, sizes.scratch_words), f32),
+        ("scratch", (r, kernels.scratch_words), f32),
         ("tokens", (r,), i32),
         ("logprobs", (r,), f32),
         ("top_ids", (r, MAX_LOGPROBS), i32),
@@ -94,36 +93,36 @@ def declare(spec: ModelSpec, sizes: BufferSizes, dtype: torch.dtype) -> list[Dec
     ]
     declared = [Declared(name, shape, i32, Padding.PREPARED) for name, shape in prepared]
     declared += [Declared(name, shape, kind, Padding.WRITTEN) for name, shape, kind in work]
-    declared.append(Declared("row_slot", (r,), i32, Padding.HOST))
-    declared.append(Declared("prompt", (HEADER + t,), i32, Padding.HOST))
+    declared.append(Declared("inputs", (layout.width,), i32, Padding.HOST))
+    declared.append(Declared("arrivals", (r, spec.num_kv_heads), i32, Padding.STATE))
+    declared.append(Declared("split_arrivals", (kernels.split_arrivals,), i32, Padding.STATE))
     declared.append(Declared("counter", (1,), torch.int64, Padding.STATE))
+    declared.append(Declared("launches", (1,), torch.int64, Padding.STATE))
+    declared.append(Declared("history", (slots, spec.vocab_size), i32, Padding.STATE))
     return declared
 
 
 class Buffers:
-    """The static arena, the slot table, and the host's side of both (pinned staging and the token ring)."""
+    """The static arena, the slot table, and the host's side of both (the inbox and the token ring, pinned)."""
 
     def __init__(
         self, spec: ModelSpec, sizes: BufferSizes, slots: SlotTable, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.sizes = sizes
         self.slots = slots
-        self.declared = declare(spec, sizes, dtype)
+        self.layout = InboxLayout(slots.stride, sizes.tokens)
+        self.declared = declare(spec, sizes, self.layout, slots.words.shape[0], dtype)
         offsets, total = _layout(self.declared)
         self.arena = torch.zeros(total, dtype=torch.uint8, device=device)
         self._tensors = {
             d.name: self.arena[offset : offset + d.nbytes].view(d.dtype).view(d.shape)
             for d, offset in zip(self.declared, offsets, strict=True)
         }
-        self["row_slot"].fill_(slots.dummy)
+        self["inputs"][ROWS : ROWS + MAX_ROWS] = slots.dummy
         self["counter"].fill_(1)
         pinned = device.type == "cuda"
         self.ring = torch.zeros(RING_DEPTH, sizes.rows, RING_FIELDS, dtype=torch.int64, pin_memory=pinned)
-        staged = {"row_slot": sizes.rows, "prompt": HEADER + sizes.tokens, "slot": slots.stride}
-        self.staging = {
-            name: torch.zeros(STAGING_DEPTH, width, dtype=torch.int32, pin_memory=pinned)
-            for name, width in staged.items()
-        }
+        self.inbox = torch.zeros(INBOX_DEPTH, self.layout.width, dtype=torch.int32, pin_memory=pinned)
         self._views: dict[GraphKey, tuple[Batch, Workspace]] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -146,8 +145,27 @@ class Buffers:
 
     def _workspace(self, tokens: int, rows: int) -> Workspace:
         of_tokens = ("hidden", "residual", "normed", "qkv", "q", "attended", "gate_up", "activated")
-        fields = Workspace.__dataclass_fields__
-        return Workspace(**{name: self[name][: tokens if name in of_tokens else rows] for name in fields})
+        shared = ("split_sums", "split_arrivals")
+        views = {name: self[name] for name in Workspace.__dataclass_fields__}
+        for name, tensor in views.items():
+            if name not in shared:
+                views[name] = tensor[: tokens if name in of_tokens else rows]
+        return Workspace(**views)
+
+    @property
+    def header(self) -> torch.Tensor:
+        """int32 ``[4]``: slot, start, count and emit of the chunk that the last launch received."""
+        return self["inputs"][SLOT : EMIT + 1]
+
+    @property
+    def row_slot(self) -> torch.Tensor:
+        """int32 ``[MAX_ROWS]``: slots of the decode step that the last launch received."""
+        return self["inputs"][ROWS : ROWS + MAX_ROWS]
+
+    @property
+    def prompt(self) -> torch.Tensor:
+        """int32 ``[T]``: ids of the chunk that the last launch received."""
+        return self["inputs"][self.layout.prompt : self.layout.prompt + self.layout.prompt_words]
 
     def poison(self) -> None:
         """Fills all that ``Padding`` calls stale-safe with NaN and nonsense ids: for tests between steps."""

@@ -8,15 +8,18 @@ the thread (or task) that opened it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any
+from collections.abc import Hashable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 from jitgraph.errors import DeviceError
-from jitgraph.jit.compiler import Binary, compile_binary
-from jitgraph.jit.monitor import CompileMonitor
+from jitgraph.jit.binary import Binary
+from jitgraph.jit.compiler import make_binary
+from jitgraph.jit.modes import active
 from jitgraph.jit.specialise import Specialisation
+
+if TYPE_CHECKING:
+    from jitgraph.jit.kernel import Kernel
 
 
 class CompileReport:
@@ -38,12 +41,19 @@ class CompileReport:
         """Qualified names of the kernels that were compiled."""
         return frozenset(binary.kernel for binary in self.binaries)
 
-    def add(self, jit_function: Any, spec: Specialisation, monitor: CompileMonitor) -> Binary:
-        """Compiles a specialisation, unless this report has it."""
-        key = (jit_function.__module__, jit_function.__qualname__, spec.key)
+    def add(self, kernel: Kernel, spec: Specialisation) -> Binary:
+        """Compiles a specialisation, unless this report has it.
+
+        Raises:
+            DeviceError: Triton runs as an interpreter in this process.
+            CompileError: it does not compile.
+        """
+        if kernel.interpreted:
+            raise DeviceError("kernels cannot be compiled under TRITON_INTERPRET=1; unset it before importing jitgraph")
+        key = (kernel, spec.key)
         with self._lock:
             if key not in self._binaries:
-                self._binaries[key] = compile_binary(jit_function, spec, self.arch, monitor)
+                self._binaries[key] = make_binary(kernel.jit_function, spec, self.arch, kernel.monitor).binary
             return self._binaries[key]
 
     def table(self) -> str:
@@ -55,22 +65,21 @@ class CompileReport:
         return "\n".join(lines)
 
 
-ACTIVE_REPORT: ContextVar[CompileReport | None] = ContextVar("jitgraph_compile_only", default=None)
-"""The report of the innermost open ``compile_only`` block of this context; None means that launches are real."""
-
-
-@contextmanager
-def compile_only(arch: int) -> Iterator[CompileReport]:
+def compile_only(arch: int) -> AbstractContextManager[CompileReport]:
     """Launches inside the block compile for compute capability ``arch`` (80, 90, ...) instead of running.
 
     Raises:
         DeviceError: ``arch`` is none that the kernels are written for.
     """
+    return active(CompileReport(require_supported(arch)))
+
+
+def require_supported(arch: int) -> int:
+    """``arch``, if kernels are written for it.
+
+    Raises:
+        DeviceError: they are not.
+    """
     if arch < 80:
         raise DeviceError(f"kernels are compiled for compute capability 80 or newer, not {arch}")
-    report = CompileReport(arch)
-    token = ACTIVE_REPORT.set(report)
-    try:
-        yield report
-    finally:
-        ACTIVE_REPORT.reset(token)
+    return arch

@@ -1,101 +1,130 @@
-"""Compiles one specialisation of a kernel for one architecture. Needs neither a GPU nor a C compiler.
+"""Makes the binary of one specialisation for one architecture: from the disk cache, or by compiling it.
 
-Any thread may call it. Triton keeps the results on disk, under ``config.cache_dir()``, by source, versions and target.
+Needs neither a GPU nor a C compiler. Any thread may call it, and several at once: Triton gives each compilation its own
+compiler context, its passes and ptxas leave the interpreter to others, and its own asynchronous compilation does the
+same.
 """
 
 from __future__ import annotations
 
-import os
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
-from jitgraph import config
+from jitgraph.errors import CompileError
+from jitgraph.jit.binary import Binary, decode_binary, encode_binary
+from jitgraph.jit.cache_key import kernel_key
 from jitgraph.jit.cubin import resource_use
+from jitgraph.jit.disk_cache import DiskCache, Lookup, open_cache
 from jitgraph.jit.monitor import CompileMonitor, CompileRecord
+from jitgraph.jit.private_cache import private_cache
 from jitgraph.jit.specialise import Specialisation
 
 _WARP_SIZE = 32
 
 
 @dataclass(frozen=True)
-class Binary:
-    """A compiled specialisation and what a launch of it needs. Picklable."""
+class Made:
+    """A binary and where it came from."""
 
-    kernel: str
-    """Qualified name of the body."""
-    symbol: str
-    """Its name in the cubin."""
-    arch: int
-    signature: str
-    """Argument types, constants and options, readable."""
-    argument_types: tuple[str, ...]
-    num_warps: int
-    num_ctas: int
-    shared_bytes: int
-    """Dynamic shared memory per block."""
-    scratch_bytes: int
-    """Global scratch per block that Triton asks the launcher for; 0 for all but on-device tensor descriptors."""
-    launch_pdl: bool
-    cooperative: bool
-    registers: int | None
-    """Per thread."""
-    local_bytes: int | None
-    """Stack per thread; above 0 means spills or run-time indexed arrays."""
-    ms: float
-    cubin: bytes = field(repr=False)
-    ptx: str = field(repr=False)
-
-    @property
-    def threads(self) -> int:
-        """Threads of a block."""
-        return self.num_warps * _WARP_SIZE
+    binary: Binary
+    lookup: Lookup
+    """What the disk cache said; the binary was compiled unless it is a hit."""
+    stored: bool
+    """Whether it lies on disk now."""
 
 
-def use_cache_dir() -> None:
-    """Points Triton's disk cache below ``config.cache_dir()``, unless the user already gave Triton another folder."""
-    knobs = triton.knobs.cache
-    if knobs.dir == knobs.get_triton_dir("cache"):
-        knobs.dir = os.path.join(config.cache_dir(), "triton")
+def make_binary(
+    jit_function: Any, spec: Specialisation, arch: int, monitor: CompileMonitor, cache: DiskCache | None = None
+) -> Made:
+    """Reads or compiles ``jit_function`` (a ``triton.jit`` function) for compute capability ``arch``, and counts it.
 
-
-def compile_binary(jit_function: Any, spec: Specialisation, arch: int, monitor: CompileMonitor) -> Binary:
-    """Compiles ``jit_function`` (a ``triton.jit`` function) for compute capability ``arch``, and counts it.
+    ``cache`` None is the user's own, below ``config.cache_dir()``.
 
     Raises:
         TypeError: an option that Triton does not know.
+        CompileError: it does not compile.
     """
     start = time.perf_counter()
-    use_cache_dir()
+    cache = cache or open_cache()
+    name = f"{jit_function.__module__}.{jit_function.__qualname__}"
     target = GPUTarget("cuda", arch, _WARP_SIZE)
     backend = make_backend(target)
-    options = dict(spec.options)
-    unknown = options.keys() - vars(backend.parse_options(dict(options))).keys()
+    options = {"enable_fp_fusion": triton.knobs.language.default_fp_fusion} | dict(spec.options)
+    with compile_errors(jit_function, spec, arch):
+        parsed = backend.parse_options(dict(options))
+    unknown = options.keys() - vars(parsed).keys()
     if unknown:
         raise TypeError(f"kernel {jit_function.__name__} has no parameter or option {', '.join(sorted(unknown))}")
-    source = ASTSource(
+    with compile_errors(jit_function, spec, arch):
+        key = kernel_key(jit_function, spec, backend, parsed, cache)
+    made = _read(cache, key, name, spec, arch, start)
+    if isinstance(made, Lookup):
+        with compile_errors(jit_function, spec, arch), private_cache():
+            compiled = triton.compile(_source(jit_function, spec, backend), target=target, options=options)
+        binary = _binary(compiled, name, spec, arch, (time.perf_counter() - start) * 1e3)
+        stored = key is not None and cache.put(key, encode_binary(binary))
+        made = Made(binary, made, stored)
+    monitor.record(CompileRecord(name, arch, made.binary.signature, made.binary.ms, made.lookup is Lookup.HIT))
+    return made
+
+
+def _read(
+    cache: DiskCache, key: bytes | None, name: str, spec: Specialisation, arch: int, start: float
+) -> Made | Lookup:
+    """The binary that lies under a key, or why there is none."""
+    if key is None:
+        return Lookup.BYPASSED
+    lookup, payload = cache.get(key)
+    if lookup is not Lookup.HIT:
+        return lookup
+    try:
+        binary = decode_binary(payload, name, spec, arch, (time.perf_counter() - start) * 1e3)
+    except ValueError:
+        return Lookup.DAMAGED
+    return Made(binary, Lookup.HIT, True)
+
+
+def _source(jit_function: Any, spec: Specialisation, backend: Any) -> ASTSource:
+    return ASTSource(
         fn=jit_function,
         signature=dict(spec.types),
         constexprs={(index,): value for index, value in spec.constants},
         attrs={(index,): backend.parse_attr("D") for index in spec.divisible},
     )
-    compiled = triton.compile(source, target=target, options=options)
-    ms = (time.perf_counter() - start) * 1e3
-    binary = _binary(jit_function, spec, arch, compiled, ms)
-    monitor.record(CompileRecord(binary.kernel, arch, binary.signature, ms))
-    return binary
 
 
-def _binary(jit_function: Any, spec: Specialisation, arch: int, compiled: Any, ms: float) -> Binary:
+@contextmanager
+def compile_errors(jit_function: Any, spec: Specialisation, arch: int) -> Iterator[None]:
+    """Turns what goes wrong inside the block, where a kernel is looked at or compiled, into a ``CompileError``."""
+    try:
+        yield
+    except Exception as error:  # Triton's, the assembler's and the operating system's errors have nothing in common
+        raise CompileError(
+            f"kernel {jit_function.__module__}.{jit_function.__qualname__}({spec.describe()}) does not compile for "
+            f"sm_{arch} with Triton {triton.__version__} ({type(error).__name__}: {_gist(error)}); use a Triton that "
+            "jitgraph is tested with, or ops='torch'"
+        ) from error
+
+
+def _gist(error: Exception) -> str:
+    """The first and the last line of a message; those of a compiler are long."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ... ".join(dict.fromkeys((lines[0], lines[-1]))) if lines else "no message"
+
+
+def _binary(compiled: Any, name: str, spec: Specialisation, arch: int, ms: float) -> Binary:
     meta = compiled.metadata
     cubin = compiled.asm["cubin"]
     use = resource_use(cubin)
     return Binary(
-        kernel=f"{jit_function.__module__}.{jit_function.__qualname__}",
+        kernel=name,
         symbol=meta.name,
         arch=arch,
         signature=spec.describe(),

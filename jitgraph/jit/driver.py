@@ -18,7 +18,7 @@ import torch
 import triton
 
 from jitgraph.errors import DeviceError
-from jitgraph.jit.compiler import Binary
+from jitgraph.jit.binary import Binary
 
 _STATIC_SHARED_LIMIT = 48 * 1024  # above this a kernel must ask the driver for dynamic shared memory
 _HIDDEN_POINTERS = 4
@@ -46,6 +46,17 @@ def raw_stream() -> Callable[[int], int]:
     """
     fast: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
     return fast or (lambda device: int(torch.cuda.current_stream(device).cuda_stream))
+
+
+@lru_cache(maxsize=1)
+def device_index() -> Callable[[], int]:
+    """A function that returns the index of torch's current CUDA device.
+
+    Where torch has one, it is the function below the public one, at half the price. That one also initialises CUDA,
+    which has happened wherever there is a CUDA tensor to launch a kernel with.
+    """
+    fast: Callable[[], int] | None = getattr(torch._C, "_cuda_getDevice", None)
+    return fast or torch.cuda.current_device
 
 
 @lru_cache(maxsize=1)
@@ -80,6 +91,57 @@ class ParameterBlock:
         self.pointer = ctypes.addressof(self.addresses)
 
 
+def load_function(cubin: bytes, symbol: str, device: int) -> Any:
+    """A kernel of a cubin as a ``CUfunction``, in the primary context of ``device``; it stays loaded.
+
+    The device must be this thread's, or the thread must not have used CUDA yet.
+
+    Raises:
+        DeviceError: ``cuda.bindings`` is missing, or the driver refuses.
+    """
+    driver = bindings()
+    if driver is None:
+        raise DeviceError(f"kernel {symbol} cannot be loaded: install cuda-bindings (pip install cuda-bindings)")
+    _bind_context(driver, device, symbol)
+    module = _check(driver, driver.cuModuleLoadData(cubin), symbol)
+    return _check(driver, driver.cuModuleGetFunction(module, symbol.encode()), symbol)
+
+
+def graph_launcher(executable: int, stream: int, device: int) -> Callable[[], None] | None:
+    """A function that launches an instantiated graph (a ``CUgraphExec`` handle) on a stream, and nothing else: half the
+    price of torch's way to a stream that is not current. None without ``cuda.bindings``."""
+    driver = bindings()
+    if driver is None:
+        return None
+    _bind_context(driver, device, "graph")
+    graph, queue = driver.CUgraphExec(executable), driver.CUstream(stream)
+    call, no_context = driver.cuGraphLaunch, driver.CUresult.CUDA_ERROR_INVALID_CONTEXT
+
+    def launch() -> None:
+        result = call(graph, queue)
+        if result[0] == no_context:  # a thread that has not used CUDA yet
+            _bind_context(driver, device, "graph")
+            result = call(graph, queue)
+        if result[0] != 0:
+            _check(driver, result, "graph")
+
+    return launch
+
+
+def upload_graph(executable: int, stream: int, device: int) -> None:
+    """Brings an instantiated graph to the device, so that its first launch need not. ``stream`` should be idle: an
+    upload behind running work holds the driver up until that is done.
+
+    Raises:
+        DeviceError: the driver refuses.
+    """
+    driver = bindings()
+    if driver is not None:
+        _bind_context(driver, device, "graph")
+        result = driver.cuGraphUpload(driver.CUgraphExec(executable), driver.CUstream(stream))
+        _check(driver, result, "graph")
+
+
 class LoadedKernel:
     """A binary on one device, ready to launch."""
 
@@ -89,56 +151,57 @@ class LoadedKernel:
         Raises:
             DeviceError: the device lacks the shared memory, the kernel needs scratch memory, or the driver refuses.
         """
-        driver = bindings()
-        assert driver is not None, "the caller chooses the stock launcher where cuda.bindings is missing"
         if binary.scratch_bytes:
             raise DeviceError(
                 f"kernel {binary.kernel} needs global scratch memory; use no on-device tensor descriptors"
             )
         self.binary = binary
-        self._driver = driver
         self._device = device
         self._lock = threading.Lock()  # the driver copies the arguments, but only once the GIL is gone
         self._block = ParameterBlock(binary.argument_types)
-        self._bind_context()
-        self._module = self._check(driver.cuModuleLoadData(binary.cubin))
-        self._function = self._check(driver.cuModuleGetFunction(self._module, binary.symbol.encode()))
+        self._function = load_function(binary.cubin, binary.symbol, device)
+        driver = bindings()
+        assert driver is not None, "the function could not have been loaded without it"
+        self._driver = driver
         self._allow_shared_memory()
         self._config = self._launch_config()
+        self._grid: tuple[int, ...] = ()
+        self._empty = True
         self._stream = 0
         self._launch = driver.cuLaunchKernelEx
 
-    def launch(self, x: int, y: int, z: int, stream: int, values: Sequence[int | float]) -> None:
-        """Enqueues ``x * y * z`` blocks on ``stream``, if any; ``values`` are the arguments that are not constants.
+    def launch(self, grid: tuple[int, ...], stream: int, values: Sequence[int | float]) -> None:
+        """Enqueues a grid of one to three sizes on ``stream``, unless it is empty; ``values`` are the arguments that
+        are not constants.
 
         Raises:
             DeviceError: the driver refuses the launch.
         """
-        if x * y * z <= 0:
-            return
         config = self._config
         block = self._block
         with self._lock:
+            if grid != self._grid:  # mostly it is the grid of the last launch, and setting it costs more than looking
+                self._take_grid(grid)
+            if self._empty:
+                return
             block.pack_into(block.buffer, 0, *values)
-            config.gridDimX = x * self.binary.num_ctas
-            config.gridDimY = y
-            config.gridDimZ = z
             if stream != self._stream:
                 config.hStream = stream
                 self._stream = stream
             result = self._launch(config, self._function, block.pointer, 0)
-            if result[0] == self._driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a thread that has not used CUDA yet
-                self._bind_context()
-                result = self._launch(config, self._function, block.pointer, 0)
-        if result[0] != 0:
-            self._check(result)
+            if result[0]:
+                if result[0] == self._driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a thread new to CUDA
+                    _bind_context(self._driver, self._device, self.binary.kernel)
+                    result = self._launch(config, self._function, block.pointer, 0)
+                self._check(result)
 
-    def _bind_context(self) -> None:
-        """Makes the device's primary context current on this thread, unless it has a context."""
-        driver = self._driver
-        if int(self._check(driver.cuCtxGetCurrent())) == 0:
-            context = self._check(driver.cuDevicePrimaryCtxRetain(self._check(driver.cuDeviceGet(self._device))))
-            self._check(driver.cuCtxSetCurrent(context))
+    def _take_grid(self, grid: tuple[int, ...]) -> None:
+        x, y, z = (*grid, 1, 1)[:3]
+        self._grid = ()
+        self._empty = x * y * z <= 0
+        if not self._empty:
+            self._config.gridDimX, self._config.gridDimY, self._config.gridDimZ = x * self.binary.num_ctas, y, z
+        self._grid = grid
 
     def _allow_shared_memory(self) -> None:
         needed = self.binary.shared_bytes
@@ -190,8 +253,19 @@ class LoadedKernel:
         return attributes
 
     def _check(self, result: tuple[Any, ...]) -> Any:
-        """The value of a driver call, or its error in words."""
-        if result[0] != 0:
-            name = self._driver.cuGetErrorString(result[0])[1] or str(result[0]).encode()
-            raise DeviceError(f"CUDA refused kernel {self.binary.kernel}: {name.decode()}")
-        return result[1] if len(result) > 1 else None
+        return _check(self._driver, result, self.binary.kernel)
+
+
+def _bind_context(driver: ModuleType, device: int, kernel: str) -> None:
+    """Makes the device's primary context current on this thread, unless it has a context."""
+    if int(_check(driver, driver.cuCtxGetCurrent(), kernel)) == 0:
+        handle = _check(driver, driver.cuDeviceGet(device), kernel)
+        _check(driver, driver.cuCtxSetCurrent(_check(driver, driver.cuDevicePrimaryCtxRetain(handle), kernel)), kernel)
+
+
+def _check(driver: ModuleType, result: tuple[Any, ...], kernel: str) -> Any:
+    """The value of a driver call, or its error in words."""
+    if result[0] != 0:
+        name = driver.cuGetErrorString(result[0])[1] or str(result[0]).encode()
+        raise DeviceError(f"CUDA refused kernel {kernel}: {name.decode()}")
+    return result[1] if len(result) > 1 else None

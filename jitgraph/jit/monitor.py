@@ -1,7 +1,7 @@
 """Counts kernel compilations, so that an engine can prove that none happens after it is ready.
 
-Owned by the process; any thread may record. A record is one specialisation made ready in this process: Triton's disk
-cache makes it faster, not free, so a cache hit counts too.
+Owned by the process; any thread may record. A record is one specialisation made ready in this process: the disk cache
+makes it faster, not free, so a cache hit counts too.
 """
 
 from __future__ import annotations
@@ -22,14 +22,18 @@ class CompileRecord:
     """Argument types and constants, readable."""
     ms: float
     """Host milliseconds it took."""
+    cached: bool = False
+    """Read from the disk cache rather than compiled."""
 
 
 @dataclass(frozen=True)
 class CompileTotals:
-    """How many compilations, and their host milliseconds together."""
+    """How many specialisations were made ready, and their host milliseconds together."""
 
     count: int
     ms: float
+    cached: int
+    """Those of ``count`` that were read from the disk cache."""
 
 
 class CompileMonitor:
@@ -57,7 +61,8 @@ class CompileMonitor:
     def totals(self, mark: int = 0) -> CompileTotals:
         """Count and milliseconds of the compilations after the first ``mark``."""
         entries = self.since(mark)
-        return CompileTotals(count=len(entries), ms=sum(entry.ms for entry in entries))
+        cached = sum(entry.cached for entry in entries)
+        return CompileTotals(count=len(entries), ms=sum(entry.ms for entry in entries), cached=cached)
 
 
 MONITOR = CompileMonitor()

@@ -41,6 +41,8 @@ ONE = "one"
 NONE = "none"
 _FOLDED: Mapping[str, int | None] = {ONE: 1, NONE: None}
 
+UNREACHABLE = "a kernel was given a tensor in pageable CPU memory; move it to the GPU or pin it"
+
 _ALIGNED = {dtype: f"*{name}{DIVISIBLE}" for dtype, name in _ELEMENT_TYPES.items()}
 _UNALIGNED = {dtype: f"*{name}" for dtype, name in _ELEMENT_TYPES.items()}
 
@@ -154,7 +156,7 @@ def pointer_token(tensor: torch.Tensor, address: int) -> str:
 def scan(
     args: Sequence[Any], constexpr: Sequence[bool], on_device: bool, tokens: list[Any], values: list[int | float]
 ) -> None:
-    """Appends each argument's token, and the value to pass where one is passed. The hot path of a launch.
+    """Appends each argument's token, and the value to pass where one is passed.
 
     ``on_device``: the launch is real, so every tensor must be one that the GPU can read.
 
@@ -168,7 +170,7 @@ def scan(
         elif isinstance(arg, torch.Tensor):
             address = arg.data_ptr()
             if on_device and not (arg.is_cuda or arg.is_pinned()):
-                raise DeviceError("a kernel was given a tensor in pageable CPU memory; move it to the GPU or pin it")
+                raise DeviceError(UNREACHABLE)
             tokens.append(pointer_token(arg, address))
             values.append(address)
         elif arg is None:

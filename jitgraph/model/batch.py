@@ -25,7 +25,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where the ops of a step write; every element is written before it is read."""
+    """Where the ops of a step write; every element is written before it is read, ``arrivals`` apart."""
 
     hidden: torch.Tensor  # [T, D]
     residual: torch.Tensor  # [T, D]
@@ -37,7 +37,11 @@ class Workspace:
     activated: torch.Tensor  # [T, I]
     partial: torch.Tensor  # [R, Hq, splits, Dh] float32
     partial_lse: torch.Tensor  # [R, Hq, splits] float32
+    arrivals: torch.Tensor  # [R, Hkv] int32, zeros between any two ops
+    split_sums: torch.Tensor  # [words] float32, shared by all sizes
+    split_arrivals: torch.Tensor  # [words] int32, zero between launches, shared by all sizes
     last_hidden: torch.Tensor  # [R, D]
+    last_normed: torch.Tensor  # [R, D]
     logits: torch.Tensor  # [R, V]
     scratch: torch.Tensor  # [R, sampling words] float32
     tokens: torch.Tensor  # [R] int32

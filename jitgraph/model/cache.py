@@ -33,6 +33,10 @@ class PageAllocator:
             return None
         return [self._free.pop() for _ in range(count)]
 
+    def upcoming(self, most: int) -> list[int]:
+        """The pages that the next ``take`` gives, in its order: ``most``, or all that are free."""
+        return self._free[: -most - 1 : -1]
+
     def give_back(self, pages: list[int]) -> None:
         """Returns pages to the pool."""
         self._free.extend(pages)

@@ -6,16 +6,43 @@ KV cache; nothing in it depends on data, so the same call serves eager steps, ca
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+
+import torch
 
 from jitgraph.model.batch import Batch, Workspace
 from jitgraph.model.cache import KVCache
 from jitgraph.model.spec import ModelSpec
 from jitgraph.model.weights import LayerWeights, ModelWeights
-from jitgraph.ops.reference import Rope
-from jitgraph.ops.select import Ops
+from jitgraph.ops.reference import Rolling, Rope
+from jitgraph.ops.reference_linear import LinearScratch
+from jitgraph.ops.reference_prefill import JOINED_TOKENS
+from jitgraph.ops.select import Op, Ops
 from jitgraph.ops.slots import SlotTable
+
+
+@dataclass(frozen=True)
+class KVWindow:
+    """A KV cache that rolls: the first ``sinks`` tokens of a sequence and its latest ``recent`` ones."""
+
+    sinks: int
+    recent: int
+
+    @property
+    def cells(self) -> int:
+        """Tokens of a sequence that the cache holds."""
+        return self.sinks + self.recent
+
+
+@dataclass(frozen=True)
+class Section:
+    """A stretch of a step between two places where it may be cut."""
+
+    dynamic: bool
+    """Whether it reads what changes from step to step (positions, pages); the others compute the same every time."""
+    run: Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -26,61 +53,139 @@ class Decoder:
     weights: ModelWeights
     rope: Rope
     ops: Ops
+    window: KVWindow | None = None
+
+    @property
+    def one_launch(self) -> Op | None:
+        """The op that does a prompt chunk's RoPE, append and attention at once; None where this model, its cache or its
+        ops want them apart."""
+        plain = not self.spec.qk_norm and self.window is None and not self.rope.dynamic_original
+        return self.ops.rope_prefill_attention if plain else None
 
     def forward(self, phase: str, batch: Batch, work: Workspace, cache: KVCache, slots: SlotTable) -> None:
         """Batch to ``work.logits`` ``[R, V]``; K and V of the step's tokens are in the cache afterwards."""
-        for _ in self.stages(phase, batch, work, cache, slots):
-            pass
+        for section in self.sections(phase, batch, work, cache, slots):
+            section.run()
 
     def stages(self, phase: str, batch: Batch, work: Workspace, cache: KVCache, slots: SlotTable) -> Iterator[None]:
-        """``forward`` in pieces: yields after each layer, so that a capture can be advanced piece by piece."""
-        ops, eps = self.ops, self.spec.rms_norm_eps
-        ops.embed(batch.token_ids, self.weights.embedding, work.residual)
-        ops.rms_norm(work.residual, self.weights.layers[0].input_norm, eps, work.normed)
-        following = [layer.input_norm for layer in self.weights.layers[1:]] + [self.weights.final_norm]
-        for index, layer in enumerate(self.weights.layers):
-            self._attention(phase, index, layer, batch, work, cache, slots)
-            ops.add_rms_norm(work.hidden, work.residual, layer.post_norm, eps, work.normed)
-            ops.linear(work.normed, layer.gate_up, layer.gate_up_bias, work.gate_up)
-            ops.silu_mul(work.gate_up, work.activated)
-            ops.linear(work.activated, layer.down, layer.down_bias, work.hidden)
-            ops.add_rms_norm(work.hidden, work.residual, following[index], eps, work.normed)
+        """``forward`` in pieces: yields after each layer's half, so that a capture can be advanced piece by piece."""
+        for section in self.sections(phase, batch, work, cache, slots):
+            section.run()
             yield
-        ops.embed(batch.sample_index, work.normed, work.last_hidden)
-        ops.linear(work.last_hidden, self.weights.lm_head, None, work.logits)
-        yield
 
-    def _attention(
-        self,
-        phase: str,
-        index: int,
-        layer: LayerWeights,
-        batch: Batch,
-        work: Workspace,
-        cache: KVCache,
-        slots: SlotTable,
+    def sections(self, phase: str, batch: Batch, work: Workspace, cache: KVCache, slots: SlotTable) -> list[Section]:
+        """``forward`` as a list, to be run in order. Three sections a layer, and one at each end."""
+        run = _Pass(self, phase, batch, work, cache, slots)
+        found = [Section(False, run.begin)]
+        for index, layer in enumerate(self.weights.layers):
+            found += [
+                Section(False, partial(run.attention_input, layer)),
+                Section(True, partial(run.attention, index, layer)),
+                Section(False, partial(run.attention_output_and_mlp, layer)),
+            ]
+        return [*found, Section(False, run.end)]
+
+
+class _Pass:
+    """One forward pass: the residual, and what is still to be added to it."""
+
+    def __init__(
+        self, decoder: Decoder, phase: str, batch: Batch, work: Workspace, cache: KVCache, slots: SlotTable
     ) -> None:
-        """``work.normed`` ``[T, D]`` to the attention block's output in ``work.hidden`` ``[T, D]``."""
-        ops, spec = self.ops, self.spec
-        k_cache, v_cache = cache.layer(index)
-        scale, window = spec.head_dim**-0.5, spec.layer_windows[index]
-        ops.linear(work.normed, layer.qkv, layer.qkv_bias, work.qkv)
+        self._decoder = decoder
+        self._phase = phase
+        self._batch = batch
+        self._work = work
+        self._cache = cache
+        self._slots = slots
+        self._ops = decoder.ops
+        self._eps = decoder.spec.rms_norm_eps
+        self._scratch = LinearScratch(work.split_sums, work.split_arrivals)
+        self._pending: torch.Tensor | None = None
+        joined = phase == "prefill" and batch.positions.shape[0] <= JOINED_TOKENS
+        self._one_launch = decoder.one_launch if joined else None
+        window = decoder.window
+        self._rolling = (
+            Rolling(window.sinks, window.recent, batch.sample_position, decoder.rope.cos_sin) if window else None
+        )
+
+    def begin(self) -> None:
+        """Token ids to the residual ``[T, D]``."""
+        self._pending = None  # an emulated graph runs its sections again at each replay
+        self._ops.embed(self._batch.token_ids, self._decoder.weights.embedding, self._work.residual)
+
+    def attention_input(self, layer: LayerWeights) -> None:
+        """Residual to ``work.qkv``."""
+        work = self._work
+        self._ops.norm_linear(
+            self._pending,
+            work.residual,
+            layer.input_norm,
+            self._eps,
+            layer.qkv,
+            layer.qkv_bias,
+            work.normed,
+            work.qkv,
+            self._scratch,
+        )
+        self._pending = None
+
+    def attention(self, index: int, layer: LayerWeights) -> None:
+        """``work.qkv`` to ``work.attended`` ``[T, Hq, Dh]``, K and V to the cache."""
+        ops, spec, batch, work = self._ops, self._decoder.spec, self._batch, self._work
+        k_cache, v_cache = self._cache.layer(index)
+        how = (spec.head_dim**-0.5, spec.layer_windows[index])
+        if self._one_launch is not None:
+            tokens = (batch.positions, batch.token_slot, self._slots)
+            self._one_launch(work.qkv, *tokens, self._decoder.rope, k_cache, v_cache, *how, work.attended)
+            return
         ops.rope_append(
             work.qkv,
             layer.q_norm,
             layer.k_norm,
-            spec.rms_norm_eps,
+            self._eps,
             batch.positions,
             batch.token_slot,
-            slots,
-            self.rope,
+            self._slots,
+            self._decoder.rope,
             k_cache,
             v_cache,
             work.q,
+            self._rolling,
         )
-        where = (k_cache, v_cache, batch.positions, batch.token_slot, slots, scale, window)
-        if phase == "decode":
-            ops.decode_attention(work.q, *where, work.partial, work.partial_lse, work.attended)
+        where = (k_cache, v_cache, batch.positions, batch.token_slot, self._slots)
+        if self._phase == "decode":
+            splits = (work.partial, work.partial_lse, work.arrivals)
+            ops.decode_attention(work.q, *where, *how, *splits, work.attended, self._rolling)
         else:
-            ops.prefill_attention(work.q, *where, work.attended)
-        ops.linear(work.attended.view(-1, spec.q_size), layer.o, layer.o_bias, work.hidden)
+            ops.prefill_attention(work.q, *where, *how, work.attended, self._rolling)
+
+    def attention_output_and_mlp(self, layer: LayerWeights) -> None:
+        """``work.attended`` through the rest of the layer to the residual."""
+        ops, work = self._ops, self._work
+        attended = work.attended.view(-1, self._decoder.spec.q_size)
+        pending = ops.linear_add(attended, layer.o, layer.o_bias, work.hidden, work.residual, self._scratch)
+        ops.norm_gated(
+            pending,
+            work.residual,
+            layer.post_norm,
+            self._eps,
+            layer.gate_up,
+            layer.gate_up_bias,
+            work.normed,
+            work.gate_up,
+            work.activated,
+            self._scratch,
+        )
+        self._pending = ops.linear_add(
+            work.activated, layer.down, layer.down_bias, work.hidden, work.residual, self._scratch
+        )
+
+    def end(self) -> None:
+        """The residual of the rows that get a token to ``work.logits`` ``[R, V]``."""
+        ops, work, weights = self._ops, self._work, self._decoder.weights
+        if self._pending is not None:
+            work.residual.add_(self._pending)
+        ops.embed(self._batch.sample_index, work.residual, work.last_hidden)
+        logits = (weights.lm_head, None, work.last_normed, work.logits, self._scratch)
+        ops.norm_linear(None, work.last_hidden, weights.final_norm, self._eps, *logits)

@@ -11,7 +11,6 @@ from jitgraph.model.config_reader import ConfigReader
 from jitgraph.types import SamplingParams
 
 NEUTRAL = {
-    "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
     "num_beams": 1,
@@ -44,6 +43,8 @@ class GenerationDefaults:
 def generation_defaults(config: Mapping[str, Any], where: str) -> GenerationDefaults:
     """Reads the recommendation; greedy where the file is empty or does not ask for sampling.
 
+    The repetition penalty holds either way, as in transformers.
+
     Raises:
         CheckpointError: a value of the wrong type or out of its range, by its name.
     """
@@ -51,13 +52,13 @@ def generation_defaults(config: Mapping[str, Any], where: str) -> GenerationDefa
     unsupported = tuple(
         f"{name} {config[name]}" for name, neutral in NEUTRAL.items() if config.get(name) not in (None, neutral)
     )
-    if not keys.flag("do_sample", False):
-        return GenerationDefaults(unsupported=unsupported)
-    values: dict[str, Any] = {"temperature": keys.number("temperature", 1.0)}
-    values["top_k"] = keys.integer("top_k", 0, minimum=0)
-    values["top_p"] = keys.number("top_p", 1.0)
-    if keys.has("min_p") and config["min_p"] != 0:
-        values["min_p"] = keys.number("min_p")
+    values: dict[str, Any] = {"repetition_penalty": keys.number("repetition_penalty", 1.0)}
+    if keys.flag("do_sample", False):
+        values["temperature"] = keys.number("temperature", 1.0)
+        values["top_k"] = keys.integer("top_k", 0, minimum=0)
+        values["top_p"] = keys.number("top_p", 1.0)
+        if keys.has("min_p") and config["min_p"] != 0:
+            values["min_p"] = keys.number("min_p")
     try:
         return GenerationDefaults(SamplingParams(**values), unsupported)
     except RequestError as error:

@@ -1,4 +1,4 @@
-"""Triton kernel of the append that ends a step: slot table and token ring.
+"""Triton kernel of the append that ends a step: slot table, history of ids, and token ring.
 
 Launched only by ``sampling.advance``, as the last kernel of a step on the engine's stream.
 """
@@ -11,6 +11,7 @@ import triton.language as tl
 from jitgraph.jit.kernel import kernel
 from jitgraph.ops import ring
 from jitgraph.ops import slots as columns
+from jitgraph.ops.pdl import enter
 from jitgraph.types import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 
 _NEXT_TOKEN = tl.constexpr(columns.NEXT_TOKEN)
@@ -19,6 +20,7 @@ _FINISHED = tl.constexpr(columns.FINISHED)
 _MAX_LENGTH = tl.constexpr(columns.MAX_LENGTH)
 _NUM_STOP = tl.constexpr(columns.NUM_STOP)
 _STOP_IDS = tl.constexpr(columns.STOP_IDS)
+_PENALISED = tl.constexpr(columns.PENALISED)
 _MAX_STOP = tl.constexpr(MAX_STOP_TOKEN_IDS)
 _MAX_TOP = tl.constexpr(MAX_LOGPROBS)
 _RING_TOKEN = tl.constexpr(ring.RING_TOKEN)
@@ -36,10 +38,12 @@ def _publish(at, payload, stamp, mask):
 
 @kernel
 def advance_kernel(
-    sample_slot, sample_position, tokens, logprobs, top_ids, top_logprobs, slots, counter, ring, rows,
-    DUMMY: tl.constexpr, SLOT_STRIDE: tl.constexpr, DEPTH: tl.constexpr, RING_ROWS: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_TOP: tl.constexpr, LOGPROBS: tl.constexpr,
+    sample_slot, sample_position, tokens, logprobs, top_ids, top_logprobs, slots, history, counter, ring, rows,
+    DUMMY: tl.constexpr, SLOT_STRIDE: tl.constexpr, HISTORY_STRIDE: tl.constexpr, DEPTH: tl.constexpr,
+    RING_ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_TOP: tl.constexpr, LOGPROBS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    enter(PDL)
     # One program of one warp: every read of the counter and the table comes before the writes in program order.
     row = tl.arange(0, BLOCK_R)
     inside = row < rows
@@ -53,11 +57,15 @@ def advance_kernel(
     stopped = tl.max((listed & (stops == token[:, None])).to(tl.int32), 1) > 0
     ended = stopped | (position + 1 >= tl.load(words + _MAX_LENGTH))
     live = inside & (slot != DUMMY)
+    counted = live & (tl.load(words + _PENALISED) != 0)
     step = tl.load(counter)
 
     tl.store(words + _NEXT_TOKEN, token, mask=live)
     tl.store(words + _LENGTH, position, mask=live)
     tl.store(words + _FINISHED, ended.to(tl.int32), mask=live)
+    if HISTORY_STRIDE > 0:  # no two live rows share a slot
+        count = history + slot * HISTORY_STRIDE + token
+        tl.store(count, tl.load(count, mask=counted, other=0) + 1, mask=counted)
     tl.store(counter, step + 1)
     stamp = step << 32
     record = ring + (step % DEPTH) * (RING_ROWS * _RING_FIELDS) + row * _RING_FIELDS

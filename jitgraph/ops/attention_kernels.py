@@ -1,8 +1,9 @@
-"""Triton kernels of paged attention: a flash-style prefill, a split-KV decode and the merge of its splits.
+"""Triton kernels of paged attention: what prefill and decode share, and the flash-style prefill.
 
 Launched only by the wrappers in ``attention.py``. Bounds come from the device's ``positions``; a key that no row of a
-program may see is never loaded, so cache memory nobody wrote may hold anything. Softmax runs in base 2. Source of the
-online softmax: Dao, "FlashAttention-2" (2023); of the split over keys: Dao et al., "Flash-Decoding" (2023).
+program may see is never loaded, so cache memory nobody wrote may hold anything. Softmax runs in base 2. A rolling
+window (RECENT > 0) is walked by its cells; ``Rolling`` in ``reference.py`` has the geometry. Source of the online
+softmax: Dao, "FlashAttention-2" (2023).
 """
 
 from __future__ import annotations
@@ -12,20 +13,56 @@ import triton.language as tl
 
 from jitgraph.jit.kernel import kernel
 from jitgraph.ops import slots as columns
+from jitgraph.ops.pdl import enter
 
 _BLOCK_TABLE = tl.constexpr(columns.BLOCK_TABLE)
 _NO_TOKEN = tl.constexpr(2**30)
 
 
 @triton.jit
-def _cells(words, j, seen, kv_head, PAGE: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr):
-    """int64 offset in the cache of each key position in ``j`` of one sequence and KV head."""
-    page = tl.load(words + _BLOCK_TABLE + j // PAGE, mask=seen, other=0).to(tl.int64)
-    return ((page * PAGE + j % PAGE) * HKV + kv_head) * DH
+def load_pages(words, j, seen, PAGE: tl.constexpr):
+    """The page of each key in ``j`` (a position, or a cell of a rolling window) of one sequence."""
+    return tl.load(words + _BLOCK_TABLE + j // PAGE, mask=seen, other=0)
 
 
 @triton.jit
-def _dot(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+def cell_offsets(page, j, kv_head, PAGE: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr):
+    """int64 offset in the cache of each key in ``j``, given its page."""
+    return ((page.to(tl.int64) * PAGE + j % PAGE) * HKV + kv_head) * DH
+
+
+@triton.jit
+def load_vectors(base, offset, seen, DH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[N, BLOCK_D]: the DH elements at each offset; zeros where ``seen`` is false and past DH."""
+    d = tl.arange(0, BLOCK_D)
+    return tl.load(base + offset[:, None] + d[None, :], mask=seen[:, None] & (d < DH)[None, :], other=0.0)
+
+
+@triton.jit
+def window_token(cell, last, SINKS: tl.constexpr, RECENT: tl.constexpr):
+    """Absolute index of the token in each cell of a rolling window (cells up to ``last`` have one)."""
+    return tl.where(cell < SINKS, cell, last - (last - cell) % RECENT)
+
+
+@triton.jit
+def load_rotated(
+    k_cache, cell, seen, token, last, cos_sin,
+    DH: tl.constexpr, BLOCK_H: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr,
+):  # fmt: skip
+    """Both halves [N, BLOCK_H] of a rolling window's keys, rotated by their window positions and rounded as an ordinary
+    cache holds them."""
+    HALF: tl.constexpr = DH // 2
+    dtype: tl.constexpr = k_cache.dtype.element_ty
+    a = load_vectors(k_cache, cell, seen, HALF, BLOCK_H).to(tl.float32)
+    b = load_vectors(k_cache + HALF, cell, seen, HALF, BLOCK_H).to(tl.float32)
+    position = tl.where(token < SINKS, token, token - tl.maximum(last + 1 - (SINKS + RECENT), 0))
+    cos = load_vectors(cos_sin, position * DH, seen, HALF, BLOCK_H)
+    sin = load_vectors(cos_sin + HALF, position * DH, seen, HALF, BLOCK_H)
+    return (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
     """a @ b in float32. WIDEN serves the interpreter, which knows bfloat16 only as bits."""
     if WIDEN:
         a = a.to(tl.float32)
@@ -34,7 +71,34 @@ def _dot(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 
 @triton.jit
-def _online_softmax(s, m, total):
+def load_query(q, offset, wanted, DH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, RECENT: tl.constexpr):
+    """The rows at each offset as ``scores`` wants them: whole and unused, or the two halves."""
+    if RECENT > 0:
+        first = load_vectors(q, offset, wanted, DH // 2, BLOCK_H)
+        second = load_vectors(q + DH // 2, offset, wanted, DH // 2, BLOCK_H)
+    else:
+        first = load_vectors(q, offset, wanted, DH, BLOCK_D)
+        second = first
+    return first, second
+
+
+@triton.jit
+def scores(
+    first, second, k_cache, cell, seen, token, last, cos_sin,
+    DH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """[M, N] float32: queries, as ``load_query`` gave them, times the keys at ``cell``."""
+    if RECENT > 0:
+        a, b = load_rotated(k_cache, cell, seen, token, last, cos_sin, DH, BLOCK_H, SINKS, RECENT)
+        s = dot(first, tl.trans(a), PRECISION, WIDEN) + dot(second, tl.trans(b), PRECISION, WIDEN)
+    else:
+        s = dot(first, tl.trans(load_vectors(k_cache, cell, seen, DH, BLOCK_D)), PRECISION, WIDEN)
+    return s
+
+
+@triton.jit
+def online_softmax(s, m, total):
     """One block's step of the online softmax: new maximum, probabilities, rescaling of what came before, new sum."""
     m_new = tl.maximum(m, tl.max(s, 1))
     centre = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen nothing yet
@@ -45,154 +109,62 @@ def _online_softmax(s, m, total):
 
 @kernel
 def prefill_attention_kernel(
-    q, k_cache, v_cache, positions, token_slot, slots, out, tokens, scale_log2,
+    q, k_cache, v_cache, positions, token_slot, slots, sample_position, cos_sin, out, tokens, scale_log2,
     SLOT_STRIDE: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, BLOCK_D: tl.constexpr,
-    PAGE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_H: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    enter(PDL)
     head = tl.program_id(0)
     block = tl.num_programs(1) - 1 - tl.program_id(1)  # the longest rows first
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)
+    inside = rows < tokens
+    at = (rows * HQ + head) * DH
+    first, second = load_query(q, at, inside, DH, BLOCK_D, BLOCK_H, RECENT)
     slot = tl.load(token_slot)
     words = slots + slot * SLOT_STRIDE
-    inside = rows < tokens
-    real = inside & (tl.load(token_slot + rows, mask=inside, other=-1) == slot)  # padding sees nothing and gives 0
-    position = tl.load(positions + rows, mask=real, other=-1)
-    high = tl.max(position, 0) + 1
+    position = tl.load(positions + rows, mask=inside, other=-1)
+    real = tl.load(token_slot + rows, mask=inside, other=-1) == slot
+    position = tl.where(real, position, -1)  # padding sees nothing and gives 0
+    last = 0
     low = 0
+    high = tl.max(position, 0) + 1
+    if RECENT > 0:
+        last = tl.load(sample_position) - 1
+        if last >= SINKS + RECENT:  # the cells are out of order: any may be seen
+            high = tl.where(high > 0, SINKS + RECENT, 0)
     if WINDOW > 0:
         low = tl.maximum(tl.min(tl.where(real, position, _NO_TOKEN), 0) - WINDOW + 1, 0)
 
-    at = (rows[:, None] * HQ + head) * DH + d[None, :]
-    query = tl.load(q + at, mask=inside[:, None] & (d < DH)[None, :], other=0.0)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(low, high, BLOCK_N):
-        j = start + tl.arange(0, BLOCK_N)
-        seen = j < high
-        cell = _cells(words, j, seen, head // (HQ // HKV), PAGE, HKV, DH)[:, None] + d[None, :]
-        mask = seen[:, None] & (d < DH)[None, :]
-        k = tl.load(k_cache + cell, mask=mask, other=0.0)
-        s = _dot(query, tl.trans(k), PRECISION, WIDEN) * scale_log2
-        visible = j[None, :] <= position[:, None]
+    n = tl.arange(0, BLOCK_N)
+    # Blocks of keys begin at multiples of BLOCK_N whatever the chunk, so a row is summed in the same order in each.
+    # A block's pages are loaded one block ahead: its keys then wait for one load, not for two in a row.
+    begin = low // BLOCK_N * BLOCK_N
+    page = load_pages(words, begin + n, (begin + n >= low) & (begin + n < high), PAGE)
+    for start in tl.range(begin, high, BLOCK_N, num_stages=STAGES):
+        j = start + n
+        seen = (j >= low) & (j < high)
+        cell = cell_offsets(page, j, head // (HQ // HKV), PAGE, HKV, DH)
+        page = load_pages(words, j + BLOCK_N, j + BLOCK_N < high, PAGE)
+        token = j
+        if RECENT > 0:
+            token = window_token(j, last, SINKS, RECENT)
+        s = scores(
+            first, second, k_cache, cell, seen, token, last, cos_sin, DH, BLOCK_D, BLOCK_H, SINKS, RECENT,
+            PRECISION, WIDEN,
+        )  # fmt: skip
+        visible = (token[None, :] <= position[:, None]) & (j < high)[None, :]
         if WINDOW > 0:
             visible = visible & (position[:, None] - j[None, :] < WINDOW)
-        m, p, alpha, total = _online_softmax(tl.where(visible, s, float("-inf")), m, total)
-        v = tl.load(v_cache + cell, mask=mask, other=0.0)
-        acc = acc * alpha[:, None] + _dot(p.to(v.dtype), v, PRECISION, WIDEN)
+        m, p, alpha, total = online_softmax(tl.where(visible, s * scale_log2, float("-inf")), m, total)
+        v = load_vectors(v_cache, cell, seen, DH, BLOCK_D)
+        acc = acc * alpha[:, None] + dot(p.to(v.dtype), v, PRECISION, WIDEN)
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside[:, None] & (d < DH)[None, :])
-
-
-@triton.jit
-def _split_bounds(position, split, SPLITS: tl.constexpr, WINDOW: tl.constexpr, ALIGN: tl.constexpr):
-    """First and one-past-last key of one split; empty where the context is too short for it."""
-    low = 0
-    if WINDOW > 0:
-        low = tl.maximum(position + 1 - WINDOW, 0)
-    keys = position + 1 - low
-    chunk = tl.cdiv(tl.cdiv(keys, SPLITS), ALIGN) * ALIGN
-    begin = low + split * chunk
-    return begin, tl.minimum(begin + chunk, position + 1)
-
-
-@kernel
-def decode_single_kernel(
-    q, k_cache, v_cache, positions, token_slot, slots, partial, partial_lse, scale_log2,
-    SLOT_STRIDE: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
-    WINDOW: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    # One query head per KV head: no tensor cores, each lane n keeps its own online softmax over keys n, n + BLOCK_N,
-    # ... so that nothing is reduced across lanes before the end.
-    row = tl.program_id(0)
-    head = tl.program_id(1)
-    split = tl.program_id(2)
     d = tl.arange(0, BLOCK_D)
-    words = slots + tl.load(token_slot + row) * SLOT_STRIDE
-    begin, end = _split_bounds(tl.load(positions + row), split, SPLITS, WINDOW, 16)
-    query = tl.load(q + (row * HKV + head) * DH + d, mask=d < DH, other=0.0).to(tl.float32) * scale_log2
-    m = tl.full([BLOCK_N], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_N], tl.float32)
-    acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for start in range(begin, end, BLOCK_N):
-        j = start + tl.arange(0, BLOCK_N)
-        seen = j < end
-        cell = _cells(words, j, seen, head, PAGE, HKV, DH)[:, None] + d[None, :]
-        mask = seen[:, None] & (d < DH)[None, :]
-        k = tl.load(k_cache + cell, mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(v_cache + cell, mask=mask, other=0.0).to(tl.float32)
-        s = tl.where(seen, tl.sum(k * query[None, :], 1), float("-inf"))
-        m_new = tl.maximum(m, s)
-        centre = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s - centre)
-        alpha = tl.exp2(m - centre)
-        total = total * alpha + p
-        acc = acc * alpha[:, None] + p[:, None] * v
-        m = m_new
-    top = tl.max(m, 0)
-    weight = tl.exp2(m - tl.where(top == float("-inf"), 0.0, top))
-    total = tl.sum(total * weight, 0)
-    mean = tl.sum(acc * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
-    at = (row * HKV + head) * SPLITS + split
-    tl.store(partial_lse + at, tl.where(total > 0, top + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf")))
-    tl.store(partial + at * DH + d, mean, mask=d < tl.where(total > 0, DH, 0))
-
-
-@kernel
-def decode_grouped_kernel(
-    q, k_cache, v_cache, positions, token_slot, slots, partial, partial_lse, scale_log2,
-    SLOT_STRIDE: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, BLOCK_D: tl.constexpr,
-    PAGE: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
-    # The query heads of one KV head are the rows of one matrix product, padded to BLOCK_M.
-    GROUP: tl.constexpr = HQ // HKV
-    row = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    split = tl.program_id(2)
-    d = tl.arange(0, BLOCK_D)
-    member = tl.arange(0, BLOCK_M)
-    words = slots + tl.load(token_slot + row) * SLOT_STRIDE
-    begin, end = _split_bounds(tl.load(positions + row), split, SPLITS, WINDOW, 16)
-    head = row * HQ + kv_head * GROUP + member
-    wanted = (member < GROUP)[:, None] & (d < DH)[None, :]
-    query = tl.load(q + head[:, None] * DH + d[None, :], mask=wanted, other=0.0)
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(begin, end, BLOCK_N):
-        j = start + tl.arange(0, BLOCK_N)
-        seen = j < end
-        cell = _cells(words, j, seen, kv_head, PAGE, HKV, DH)[:, None] + d[None, :]
-        mask = seen[:, None] & (d < DH)[None, :]
-        k = tl.load(k_cache + cell, mask=mask, other=0.0)
-        s = tl.where(seen[None, :], _dot(query, tl.trans(k), PRECISION, WIDEN) * scale_log2, float("-inf"))
-        m, p, alpha, total = _online_softmax(s, m, total)
-        v = tl.load(v_cache + cell, mask=mask, other=0.0)
-        acc = acc * alpha[:, None] + _dot(p.to(v.dtype), v, PRECISION, WIDEN)
-    some = total > 0
-    acc = acc / tl.where(some, total, 1.0)[:, None]
-    at = head * SPLITS + split
-    lse = tl.where(some, m + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
-    tl.store(partial_lse + at, lse, mask=member < GROUP)
-    tl.store(partial + at[:, None] * DH + d[None, :], acc, mask=wanted & some[:, None])
-
-
-@kernel
-def decode_merge_kernel(
-    partial, partial_lse, out,
-    DH: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    # One query head: its splits' results weighted by their share of the softmax. An empty split has lse -inf and
-    # never wrote its result, which is therefore not read either.
-    head = tl.program_id(0)
-    split = tl.arange(0, BLOCK_S)
-    d = tl.arange(0, BLOCK_D)
-    lse = tl.load(partial_lse + head * SPLITS + split, mask=split < SPLITS, other=float("-inf"))
-    weight = tl.exp2(lse - tl.max(lse, 0))
-    mask = (lse > float("-inf"))[:, None] & (d < DH)[None, :]
-    part = tl.load(partial + (head * SPLITS + split)[:, None] * DH + d[None, :], mask=mask, other=0.0)
-    mean = tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0)
-    tl.store(out + head * DH + d, mean.to(out.dtype.element_ty), mask=d < DH)
+    tl.store(
+        out + at[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=inside[:, None] & (d < DH)[None, :]
+    )  # fmt: skip

@@ -13,15 +13,20 @@ from jitgraph.ops.elementwise_kernels import (
     embed_kernel,
     prepare_decode_kernel,
     prepare_prefill_kernel,
+    receive_kernel,
     rms_norm_kernel,
     rope_append_kernel,
     silu_mul_kernel,
 )
-from jitgraph.ops.reference import Rope
+from jitgraph.ops.inbox import HEADER, InboxLayout
+from jitgraph.ops.pdl import pdl_options
+from jitgraph.ops.reference import Rolling, Rope, check_rolling
 from jitgraph.ops.slots import SlotTable
 
 _STEP_BLOCK = 256
 _COLUMN_BLOCK = 1024
+_ROPE_TILE = 16, 4
+"""Heads and warps of a RoPE program where there are many tokens."""
 
 
 def next_power_of_two(n: int) -> int:
@@ -46,6 +51,44 @@ def assert_slots(slots: SlotTable) -> None:
     assert slots.words.dtype == torch.int32 and slots.words.stride(1) == 1
 
 
+def assert_rolling(rolling: Rolling, tokens: int, capacity: int, dh: int) -> None:
+    """What the kernels assume of a rolling window; ``capacity`` is the tokens of a slot's block table."""
+    check_rolling(rolling, tokens, capacity)
+    assert_contiguous(torch.int32, rolling.sample_position)
+    assert_contiguous(torch.float32, rolling.cos_sin)
+    assert dh % 2 == 0 and rolling.cos_sin.shape[1] == dh
+
+
+def receive(
+    inbox: torch.Tensor,
+    launches: torch.Tensor,
+    host_launch: int,
+    layout: InboxLayout,
+    prompt: bool,
+    inputs: torch.Tensor,
+    slots: SlotTable,
+) -> None:
+    """inputs = inbox[launches % depth], and launches += 1; see ``reference.receive``. ``host_launch`` is not needed."""
+    del host_launch
+    assert_contiguous(torch.int32, inbox, inputs)
+    assert_contiguous(torch.int64, launches)
+    assert_slots(slots)
+    depth, width = inbox.shape
+    assert width == layout.width and inputs.shape == (width,) and slots.stride == layout.slot_words
+    receive_kernel[(1,)](
+        inbox,
+        launches,
+        inputs,
+        slots.words,
+        DEPTH=depth,
+        WIDTH=width,
+        WORDS=width if prompt else HEADER,
+        SLOT_WORDS=layout.slot_words,
+        BLOCK=next_power_of_two(width if prompt else HEADER),
+        num_warps=8 if prompt else 1,
+    )
+
+
 def prepare_prefill(
     header: torch.Tensor,
     prompt: torch.Tensor,
@@ -63,7 +106,9 @@ def prepare_prefill(
     tokens = token_ids.shape[0]
     assert prompt.shape[0] >= tokens
     grid = (ceil_div(tokens, _STEP_BLOCK),)
-    prepare_prefill_kernel[grid](header, prompt, *outputs, tokens, DUMMY=dummy, BLOCK=_STEP_BLOCK, num_warps=2)
+    prepare_prefill_kernel[grid](
+        header, prompt, *outputs, tokens, DUMMY=dummy, BLOCK=_STEP_BLOCK, num_warps=2, **pdl_options(tokens)
+    )
 
 
 def prepare_decode(
@@ -90,6 +135,7 @@ def prepare_decode(
         SLOT_STRIDE=slots.stride,
         BLOCK=block,
         num_warps=1,
+        **pdl_options(),
     )
 
 
@@ -99,7 +145,9 @@ def embed(token_ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> No
     assert_contiguous(table.dtype, table, out)
     rows, width = out.shape
     block = min(_COLUMN_BLOCK, next_power_of_two(width))
-    embed_kernel[(rows, ceil_div(width, block))](token_ids, table, out, D=width, BLOCK=block, num_warps=4)
+    embed_kernel[(rows, ceil_div(width, block))](
+        token_ids, table, out, D=width, BLOCK=block, num_warps=4, **pdl_options(rows)
+    )
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
@@ -107,7 +155,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
     assert_contiguous(x.dtype, x, weight, out)
     rows, width = x.shape
     block = next_power_of_two(width)
-    rms_norm_kernel[(rows,)](x, weight, eps, out, D=width, BLOCK=block, num_warps=_row_warps(block))
+    rms_norm_kernel[(rows,)](
+        x, weight, eps, out, D=width, BLOCK=block, num_warps=_row_warps(block), **pdl_options(rows)
+    )
 
 
 def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
@@ -115,7 +165,9 @@ def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, 
     assert_contiguous(x.dtype, x, residual, weight, out)
     rows, width = x.shape
     block = next_power_of_two(width)
-    add_rms_norm_kernel[(rows,)](x, residual, weight, eps, out, D=width, BLOCK=block, num_warps=_row_warps(block))
+    add_rms_norm_kernel[(rows,)](
+        x, residual, weight, eps, out, D=width, BLOCK=block, num_warps=_row_warps(block), **pdl_options(rows)
+    )
 
 
 def _row_warps(block: int) -> int:
@@ -128,8 +180,11 @@ def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
     assert_contiguous(gate_up.dtype, gate_up, out)
     rows, width = out.shape
     assert gate_up.shape == (rows, 2 * width)
-    block = min(_COLUMN_BLOCK, next_power_of_two(width))
-    silu_mul_kernel[(rows, ceil_div(width, block))](gate_up, out, INTERMEDIATE=width, BLOCK=block, num_warps=4)
+    # Twice the work for a program where smaller ones would not all be resident at once.
+    block = min(_COLUMN_BLOCK * (2 if rows > 128 else 1), next_power_of_two(width))
+    silu_mul_kernel[(rows, ceil_div(width, block))](
+        gate_up, out, INTERMEDIATE=width, BLOCK=block, num_warps=4, **pdl_options(rows)
+    )
 
 
 def rope_append(
@@ -144,6 +199,7 @@ def rope_append(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     q_out: torch.Tensor,
+    rolling: Rolling | None = None,
 ) -> None:
     """Splits QKV, normalises and rotates q and k, appends k and v to the cache; see ``reference.rope_append``."""
     tokens, hq, dh = q_out.shape
@@ -156,7 +212,10 @@ def rope_append(
     assert (q_norm is None) == (k_norm is None)
     if q_norm is not None and k_norm is not None:
         assert_contiguous(qkv.dtype, q_norm, k_norm)
-    heads = 4
+    if rolling is not None:
+        assert_rolling(rolling, tokens, slots.pages_per_slot * page, dh)
+        assert rope.cos_sin is rolling.cos_sin and not rope.dynamic_original
+    heads, warps = _ROPE_TILE if tokens > 16 else (4, 2)
     rope_append_kernel[(tokens, ceil_div(hq + 2 * hkv, heads))](
         qkv,
         qkv if q_norm is None else q_norm,  # never read without NORM
@@ -166,6 +225,7 @@ def rope_append(
         token_slot,
         slots.words,
         rope.cos_sin,
+        None if rolling is None else rolling.sample_position,
         rope.dynamic_base,
         rope.dynamic_factor,
         k_cache,
@@ -178,7 +238,11 @@ def rope_append(
         PAGE=page,
         NORM=q_norm is not None,
         DYNAMIC_ORIGINAL=rope.dynamic_original,
+        SINKS=0 if rolling is None else rolling.sinks,
+        RECENT=0 if rolling is None else rolling.recent,
+        ROW_LAST=rolling is not None and rolling.sample_position.shape[0] > 1,
         BLOCK_H=heads,
         BLOCK_D=next_power_of_two(dh // 2),
-        num_warps=2,
+        num_warps=warps,
+        **pdl_options(tokens),
     )

@@ -10,8 +10,13 @@ import triton
 import triton.language as tl
 
 from jitgraph.jit.kernel import kernel
+from jitgraph.ops import inbox as words_of
 from jitgraph.ops import slots as columns
+from jitgraph.ops.pdl import enter
 
+_ADMIT = tl.constexpr(words_of.ADMIT)
+_SLOT = tl.constexpr(words_of.SLOT)
+_HEADER = tl.constexpr(words_of.HEADER)
 _NEXT_TOKEN = tl.constexpr(columns.NEXT_TOKEN)
 _LENGTH = tl.constexpr(columns.LENGTH)
 _FINISHED = tl.constexpr(columns.FINISHED)
@@ -20,10 +25,32 @@ _BLOCK_TABLE = tl.constexpr(columns.BLOCK_TABLE)
 
 
 @kernel
+def receive_kernel(
+    inbox, launches, inputs, slots,
+    DEPTH: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr, SLOT_WORDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # One program: it alone reads and bumps the count. All words are asked for at once, in wide loads, since each trip
+    # to the host's memory takes about a microsecond.
+    launch = tl.load(launches)
+    row = inbox + (launch % DEPTH) * WIDTH
+    word = tl.arange(0, BLOCK)
+    value = tl.load(row + word, mask=word < WORDS, other=0)
+    tl.store(inputs + word, value, mask=word < WORDS)
+    if WORDS > _HEADER:
+        admit = tl.load(row + _ADMIT)
+        slot = tl.load(row + _SLOT)
+        at = word - _HEADER
+        tl.store(slots + slot * SLOT_WORDS + at, value, mask=(admit != 0) & (at >= 0) & (at < SLOT_WORDS))
+    tl.debug_barrier()
+    tl.store(launches, launch + 1)
+
+
+@kernel
 def prepare_prefill_kernel(
     header, prompt, token_ids, positions, token_slot, sample_index, sample_slot, sample_position, tokens,
-    DUMMY: tl.constexpr, BLOCK: tl.constexpr,
+    DUMMY: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    enter(PDL)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     slot = tl.load(header)
     start = tl.load(header + 1)
@@ -43,8 +70,9 @@ def prepare_prefill_kernel(
 @kernel
 def prepare_decode_kernel(
     row_slot, slots, token_ids, positions, token_slot, sample_index, sample_slot, sample_position, rows,
-    DUMMY: tl.constexpr, SLOT_STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+    DUMMY: tl.constexpr, SLOT_STRIDE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    enter(PDL)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
     wanted = tl.load(row_slot + row, mask=inside, other=DUMMY)
@@ -61,7 +89,8 @@ def prepare_decode_kernel(
 
 
 @kernel
-def embed_kernel(token_ids, table, out, D: tl.constexpr, BLOCK: tl.constexpr):
+def embed_kernel(token_ids, table, out, D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    enter(PDL)
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < D
@@ -77,23 +106,25 @@ def _normalise(wide, weight, eps, D: tl.constexpr, dtype: tl.constexpr):
 
 
 @kernel
-def rms_norm_kernel(x, weight, eps, out, D: tl.constexpr, BLOCK: tl.constexpr):
+def rms_norm_kernel(x, weight, eps, out, D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     column = tl.arange(0, BLOCK)
     inside = column < D
     at = tl.program_id(0) * D + column
-    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)  # no kernel writes it: it need not wait
+    enter(PDL)
     wide = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     dtype: tl.constexpr = out.dtype.element_ty
     tl.store(out + at, _normalise(wide, w, eps, D, dtype).to(dtype), mask=inside)
 
 
 @kernel
-def add_rms_norm_kernel(x, residual, weight, eps, out, D: tl.constexpr, BLOCK: tl.constexpr):
+def add_rms_norm_kernel(x, residual, weight, eps, out, D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     column = tl.arange(0, BLOCK)
     inside = column < D
     at = tl.program_id(0) * D + column
     dtype: tl.constexpr = out.dtype.element_ty
     w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    enter(PDL)
     added = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     total = (tl.load(residual + at, mask=inside, other=0.0).to(tl.float32) + added).to(dtype)
     tl.store(residual + at, total, mask=inside)
@@ -101,7 +132,8 @@ def add_rms_norm_kernel(x, residual, weight, eps, out, D: tl.constexpr, BLOCK: t
 
 
 @kernel
-def silu_mul_kernel(gate_up, out, INTERMEDIATE: tl.constexpr, BLOCK: tl.constexpr):
+def silu_mul_kernel(gate_up, out, INTERMEDIATE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    enter(PDL)
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < INTERMEDIATE
@@ -139,12 +171,15 @@ def _head_weights(q_norm, k_norm, d, inside, is_q):
 
 @kernel
 def rope_append_kernel(
-    qkv, q_norm, k_norm, eps, positions, token_slot, slots, cos_sin, dynamic_base, dynamic_factor,
+    qkv, q_norm, k_norm, eps, positions, token_slot, slots, cos_sin, sample_position, dynamic_base, dynamic_factor,
     k_cache, v_cache, q_out,
     SLOT_STRIDE: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, PAGE: tl.constexpr,
-    NORM: tl.constexpr, DYNAMIC_ORIGINAL: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    NORM: tl.constexpr, DYNAMIC_ORIGINAL: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr,
+    ROW_LAST: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     # One token, BLOCK_H heads of q, k and v alike: v's rotation is the identity. a and b are the halves of a head.
+    enter(PDL)
     HALF: tl.constexpr = DH // 2
     token = tl.program_id(0)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
@@ -165,13 +200,21 @@ def rope_append_kernel(
         b = tl.where(is_v, b, ((b * scale).to(dtype).to(tl.float32) * wb).to(dtype).to(tl.float32))
     position = tl.load(positions + token)
     words = slots + tl.load(token_slot + token) * SLOT_STRIDE
-    cos = tl.load(cos_sin + position * DH + d, mask=inside, other=1.0)
-    sin = tl.load(cos_sin + position * DH + HALF + d, mask=inside, other=0.0)
+    angle = position
+    plain = is_v
+    if RECENT > 0:  # a rolling window: q turns by its position inside it, k is cached as it is, in the window's cell
+        last = tl.load(sample_position + (token if ROW_LAST else 0)) - 1
+        shift = tl.maximum(last + 1 - (SINKS + RECENT), 0)
+        angle = tl.where(position < SINKS, position, tl.maximum(position - shift, 0))  # 0 for padding out of it
+        position = tl.where(position < SINKS, position, SINKS + (position - SINKS) % RECENT)
+        plain = head >= HQ
+    cos = tl.load(cos_sin + angle * DH + d, mask=inside, other=1.0)
+    sin = tl.load(cos_sin + angle * DH + HALF + d, mask=inside, other=0.0)
     if DYNAMIC_ORIGINAL > 0:
         prompt = tl.load(words + _PROMPT_LENGTH)
         cos, sin = _dynamic_cos_sin(cos, sin, d, position, prompt, dynamic_base, dynamic_factor, DH, DYNAMIC_ORIGINAL)
-    cos = tl.where(is_v, 1.0, cos[None, :])
-    sin = tl.where(is_v, 0.0, sin[None, :])
+    cos = tl.where(plain, 1.0, cos[None, :])
+    sin = tl.where(plain, 0.0, sin[None, :])
     first = (a * cos - b * sin).to(dtype)
     second = (b * cos + a * sin).to(dtype)
 

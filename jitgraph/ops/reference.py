@@ -6,7 +6,8 @@ I intermediate size, V vocabulary, N pages of the cache, G tokens in a page, P p
 Each op writes into ``out`` tensors that the caller owns. No op reads device data on the host (except trimming on the
 CPU, where the device is the host), none branches on data: all can be captured in a CUDA graph. Temporaries come from
 PyTorch's allocator, which the Triton twins in ``elementwise.py``, ``attention.py`` and ``sampling.py`` avoid.
-Sampling and append are in ``reference_sampling.py``.
+Matrix products are in ``reference_linear.py``, attention in ``reference_attention.py``, sampling and append in
+``reference_sampling.py``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from jitgraph.ops import slots as slot_columns
+from jitgraph.ops.inbox import ADMIT, HEADER, SLOT, InboxLayout
 from jitgraph.ops.slots import SlotTable
 
 
@@ -35,7 +37,57 @@ class Rope(NamedTuple):
     dynamic_factor: float = 1.0
 
 
+class Rolling(NamedTuple):
+    """A KV window that rolls, for streams without an end: the first ``sinks`` tokens of a sequence and its latest
+    ``recent`` ones, after Xiao et al., "Efficient Streaming Language Models with Attention Sinks" (2023).
+
+    S and W are the two counts, S + W the cells that a sequence owns. The token of absolute index t lies in cell t while
+    t < S + W, then in cell S + (t - S) % W. Keys are cached without rotation and rotated when they are read, by their
+    position inside the window as it stands after the step: t - shift, with shift = max(0, last + 1 - (S + W)) and last
+    the step's last token of the sequence; sinks keep t. So no position reaches S + W, and up to the first S + W tokens
+    this is ordinary attention. A query t sees the sinks and every token u <= t with u > last - W, so a chunk may have
+    at most W tokens.
+
+    ``sample_position``: int32 ``[1]`` for a chunk of one sequence, ``[T]`` for one token of each of T: last + 1.
+    ``cos_sin``: float32 ``[>= S + W, Dh]``, the very tensor that ``Rope`` has.
+    """
+
+    sinks: int
+    recent: int
+    sample_position: torch.Tensor
+    cos_sin: torch.Tensor
+
+    @property
+    def cells(self) -> int:
+        """Tokens of a sequence that the cache holds at most."""
+        return self.sinks + self.recent
+
+
 # ---------------------------------------------------------------------------------------------------------- step inputs
+
+
+def receive(
+    inbox: torch.Tensor,
+    launches: torch.Tensor,
+    host_launch: int,
+    layout: InboxLayout,
+    prompt: bool,
+    inputs: torch.Tensor,
+    slots: SlotTable,
+) -> None:
+    """Brings a launch's inputs to the device: inputs = inbox[launch % depth]; a row that admits a sequence also writes
+    its slot. Decode steps (``prompt`` False) need the header alone.
+
+    inbox int32 ``[depth, width]`` in pinned host memory; inputs int32 ``[width]``. The launch is ``launches`` int64
+    ``[1]`` on the device, to which 1 is added. Plain PyTorch cannot index by it, so here the host passes the same
+    number as ``host_launch``, and a captured graph must not contain this op.
+    """
+    launches.add_(1)
+    row = inbox[host_launch % inbox.shape[0]]
+    words = layout.width if prompt else HEADER
+    inputs[:words].copy_(row[:words], non_blocking=True)
+    if prompt and int(row[ADMIT]):
+        slots.words[int(row[SLOT])].copy_(row[HEADER : layout.prompt], non_blocking=True)
 
 
 def prepare_prefill(
@@ -64,7 +116,7 @@ def prepare_prefill(
     token_ids.copy_(torch.where(real, prompt[:t], 0))
     positions.copy_(torch.where(real, start + index, 0))
     token_slot.copy_(torch.where(real, slot, dummy))
-    sample_index.copy_((n - 1).reshape(1))
+    sample_index.copy_((n - 1).clamp(min=0).reshape(1))
     sample_slot.copy_(torch.where(emit > 0, slot, dummy).reshape(1))
     sample_position.copy_((start + n).reshape(1))
 
@@ -115,14 +167,6 @@ def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, 
     rms_norm(residual, weight, eps, out)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """out = x @ weight.T (+ bias); x ``[T, K]``, weight ``[N, K]``, bias ``[N]``, out ``[T, N]``."""
-    if bias is None:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.addmm(bias, x, weight.t(), out=out)
-
-
 def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
     """out = silu(gate) * up; gate_up ``[T, 2 I]`` (gate first), out ``[T, I]``."""
     gate, up = gate_up.chunk(2, dim=-1)
@@ -141,13 +185,15 @@ def rope_append(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     q_out: torch.Tensor,
+    rolling: Rolling | None = None,
 ) -> None:
     """Splits QKV, optionally RMS-normalises q and k per head, rotates both, and writes k and v into the paged cache.
 
     qkv ``[T, (Hq + 2 Hkv) Dh]``; q_norm, k_norm ``[Dh]``; positions, token_slot int32 ``[T]``;
     k_cache, v_cache ``[N, G, Hkv, Dh]``; q_out ``[T, Hq, Dh]``. Rotation (halves convention, float32):
     (a, b) -> (a cos - b sin, b cos + a sin). Token t goes to page block_table[token_slot[t]][positions[t] // G], offset
-    positions[t] % G.
+    positions[t] % G. With a rolling window q is rotated by its window position, k is written without rotation, and the
+    window's cell takes the place of positions[t].
     """
     t, hq, dh = q_out.shape
     page_size, hkv = k_cache.shape[1], k_cache.shape[2]
@@ -155,11 +201,17 @@ def rope_append(
     if q_norm is not None:
         assert k_norm is not None
         q, k = _head_norm(q, q_norm, eps), _head_norm(k, k_norm, eps)
-    cos, sin = _cos_sin(positions, token_slot, slots, rope, dh)
-    q_out.copy_(_rotate(q, cos, sin))
-    where = positions.long()
+    if rolling is None:
+        cos, sin = _cos_sin(positions, token_slot, slots, rope, dh)
+        k, where = rotate(k, cos, sin), positions.long()
+    else:
+        check_rolling(rolling, t, slots.pages_per_slot * page_size)
+        assert rope.cos_sin is rolling.cos_sin and not rope.dynamic_original
+        cos, sin = (part[:, None] for part in halves(rolling.cos_sin[window_position(rolling, positions)]))
+        where = window_cell(rolling, positions)
+    q_out.copy_(rotate(q, cos, sin))
     pages = slots.block_table()[token_slot.long(), where // page_size].long()
-    k_cache[pages, where % page_size] = _rotate(k, cos, sin).to(k_cache.dtype)
+    k_cache[pages, where % page_size] = k.to(k_cache.dtype)
     v_cache[pages, where % page_size] = v.to(v_cache.dtype)
 
 
@@ -172,8 +224,7 @@ def _cos_sin(
     positions: torch.Tensor, token_slot: torch.Tensor, slots: SlotTable, rope: Rope, dh: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 cosines and sines ``[T, 1, Dh / 2]`` of each token."""
-    rows = rope.cos_sin[positions.long()]
-    cos, sin = rows[:, : dh // 2], rows[:, dh // 2 :]
+    cos, sin = halves(rope.cos_sin[positions.long()])
     if rope.dynamic_original:
         prompt = slots.column(slot_columns.PROMPT_LENGTH)[token_slot.long()]
         length = torch.maximum(prompt, positions + 1).float()
@@ -186,93 +237,38 @@ def _cos_sin(
     return cos[:, None], sin[:, None]
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    a, b = x.float().chunk(2, dim=-1)
+def halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two halves of the last axis: of a head, or the cosines and sines of a table's rows."""
+    a, b = x.chunk(2, dim=-1)
+    return a, b
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """float32 rotation of heads ``[..., Dh]`` by cosines and sines ``[..., Dh / 2]``."""
+    a, b = halves(x.float())
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def prefill_attention(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    positions: torch.Tensor,
-    token_slot: torch.Tensor,
-    slots: SlotTable,
-    scale: float,
-    window: int,
-    out: torch.Tensor,
-) -> None:
-    """Causal attention of T tokens of ONE sequence (that of token 0) over its paged cache, this step's tokens included.
-
-    q, out ``[T, Hq, Dh]``; caches ``[N, G, Hkv, Dh]``. Token t sees key positions j <= positions[t], and with a
-    window w > 0 only positions[t] - j < w. Padding tokens stand at position 0 and see the sequence's first key:
-    finite, unused.
-    """
-    hq, hkv = q.shape[1], k_cache.shape[2]
-    table = slots.block_table()[token_slot[:1].long()]
-    k, v = _gather(k_cache, v_cache, table, positions)
-    mask = _visible(positions, k.shape[1], window)
-    result = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None],
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask[None, None],
-        scale=scale,
-        enable_gqa=hq != hkv,
-    )
-    out.copy_(result[0].transpose(0, 1))
+# ------------------------------------------------------------------------------------------------------- rolling window
 
 
-def decode_attention(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    positions: torch.Tensor,
-    token_slot: torch.Tensor,
-    slots: SlotTable,
-    scale: float,
-    window: int,
-    partial: torch.Tensor,
-    partial_lse: torch.Tensor,
-    out: torch.Tensor,
-) -> None:
-    """Attention of one token of each of R sequences over its own paged cache; shapes as ``prefill_attention``, T = R.
-
-    ``partial`` float32 ``[R, Hq, splits, Dh]`` and ``partial_lse`` float32 ``[R, Hq, splits]`` are the split-KV
-    kernel's workspace, unused here.
-    """
-    del partial, partial_lse
-    hq, hkv = q.shape[1], k_cache.shape[2]
-    k, v = _gather(k_cache, v_cache, slots.block_table()[token_slot.long()], positions)
-    mask = _visible(positions, k.shape[1], window)
-    result = F.scaled_dot_product_attention(
-        q[:, :, None],
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask[:, None, None],
-        scale=scale,
-        enable_gqa=hq != hkv,
-    )
-    out.copy_(result[:, :, 0])
+def check_rolling(rolling: Rolling, tokens: int, capacity: int) -> None:
+    """What a step of ``tokens`` tokens assumes of its window; ``capacity`` is the tokens of a slot's block table."""
+    last = rolling.sample_position
+    assert rolling.sinks >= 0 and rolling.recent >= 1
+    assert last.dtype == torch.int32 and last.shape in ((1,), (tokens,))
+    assert last.shape[0] == tokens or tokens <= rolling.recent, "a chunk over the window overwrites its own keys"
+    assert rolling.cells <= capacity and rolling.cos_sin.shape[0] >= rolling.cells
 
 
-def _gather(
-    k_cache: torch.Tensor, v_cache: torch.Tensor, table: torch.Tensor, positions: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V ``[rows, keys, Hkv, Dh]`` of each row of the block table ``[rows, P]``."""
-    page_size = k_cache.shape[1]
-    if table.device.type == "cpu":  # the device is the host here: gather only what is in use
-        table = table[:, : int(positions.max()) // page_size + 1]
-    pages = table.long()
-    rows, keys = pages.shape[0], pages.shape[1] * page_size
-    k, v = k_cache[pages], v_cache[pages]
-    return k.view(rows, keys, *k.shape[3:]), v.view(rows, keys, *v.shape[3:])
+def window_cell(rolling: Rolling, token: torch.Tensor) -> torch.Tensor:
+    """int64: the cell of the token of each absolute index."""
+    t = token.long()
+    return torch.where(t < rolling.cells, t, rolling.sinks + (t - rolling.sinks) % rolling.recent)
 
 
-def _visible(positions: torch.Tensor, keys: int, window: int) -> torch.Tensor:
-    """bool ``[T, keys]``: which key positions each token sees."""
-    j = torch.arange(keys, dtype=torch.int32, device=positions.device)
-    mask = j[None] <= positions[:, None]
-    if window > 0:
-        mask &= positions[:, None] - j[None] < window
-    return mask
+def window_position(rolling: Rolling, token: torch.Tensor) -> torch.Tensor:
+    """int64: the position inside the window of the token of each absolute index; 0 for padding that is out of it."""
+    t = token.long()
+    shift = (rolling.sample_position.long() - rolling.cells).clamp(min=0)
+    return torch.where(t < rolling.sinks, t, (t - shift).clamp(min=0))

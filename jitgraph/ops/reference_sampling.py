@@ -8,8 +8,31 @@ import torch.nn.functional as F
 
 from jitgraph.ops import slots as slot_columns
 from jitgraph.ops.ring import RING_FIELDS
-from jitgraph.ops.slots import SlotTable
+from jitgraph.ops.slots import IN_PROMPT, SlotTable
 from jitgraph.types import MAX_LOGPROBS
+
+
+def note_prompt(
+    token_ids: torch.Tensor,
+    positions: torch.Tensor,
+    token_slot: torch.Tensor,
+    slots: SlotTable,
+    history: torch.Tensor,
+) -> None:
+    """Marks the ids of a prompt's chunk in its slot's row of the history, where the slot is PENALISED.
+
+    ``history`` int32 ``[S, V]``: IN_PROMPT for an id of the prompt, plus how often the id was chosen as output.
+    ``token_ids``, ``positions``, ``token_slot`` int32 ``[T]`` as ``prepare_prefill`` writes them: real tokens of one
+    slot, then padding. A chunk that starts at position 0 clears the row first; nothing has been chosen while the
+    prompt still comes, so marking is storing the flag.
+    """
+    slot = token_slot[:1].long()
+    kept = slots.column(slot_columns.PENALISED)[slot][:, None] != 0
+    row = torch.where(kept & (positions[:1, None] == 0), 0, history[slot])
+    marked = torch.zeros(1, row.shape[1] + 1, dtype=torch.bool, device=row.device)
+    ids = torch.where(token_slot != slots.dummy, token_ids, row.shape[1])
+    marked.scatter_(1, ids.long()[None], True)
+    history.index_copy_(0, slot, torch.where(kept & marked[:, :-1], IN_PROMPT, row))
 
 
 def greedy(
@@ -34,6 +57,7 @@ def sample(
     sample_slot: torch.Tensor,
     sample_position: torch.Tensor,
     slots: SlotTable,
+    history: torch.Tensor,
     scratch: torch.Tensor,
     tokens: torch.Tensor,
     logprobs: torch.Tensor,
@@ -42,17 +66,21 @@ def sample(
 ) -> None:
     """Draws tokens[r] by each slot's own parameters, and reports log-probabilities of the raw distribution.
 
-    With x = logits / temperature: keep x >= the k-th largest; of these the smallest set of largest values whose
-    probability reaches top_p; of these x >= max + log(min_p); then argmax(x + Gumbel noise), which samples the softmax
-    exactly. The noise is -log(-log(u)) with u from Philox4x32-10, key = the slot's seed, counter = (id, position): same
-    seed, same logits, same token, whatever the batch. Temperature 0 is argmax. Stop ids are barred below MIN_LENGTH.
+    Penalties and bias first, on float32 logits, with ``history`` int32 ``[S, V]`` as in ``note_prompt``: ids in the
+    prompt or the output are divided by REPETITION where above 0, else multiplied; FREQUENCY times the id's count in
+    the output is subtracted, then PRESENCE where that count is not 0; bias is added. Stop ids are barred below
+    MIN_LENGTH. Then with x = logits / temperature: keep x >= the k-th largest; of these the smallest set of largest
+    values whose probability reaches top_p; of these x >= max + log(min_p); then argmax(x + Gumbel noise), which
+    samples the softmax exactly. The noise is -log(-log(u)) with u from Philox4x32-10, key = the slot's seed, counter =
+    (id, position): same seed, same logits, same token, whatever the batch. Temperature 0 is argmax.
 
     tokens int32 ``[R]``, logprobs float32 ``[R]``, top_ids int32 and top_logprobs float32 ``[R, MAX_LOGPROBS]``: the
     NUM_LOGPROBS most likely, lowest id first among equals; rows and columns nobody asked for hold anything.
     """
     del scratch
     slot = sample_slot.long()
-    x = _bar_stop_ids(logits.float(), sample_slot, sample_position, slots)
+    x = _penalise(logits.float(), slot, slots, history) + _bias(slot, slots, logits.shape[1])
+    x = _bar_stop_ids(x, sample_slot, sample_position, slots)
     temperature = slots.column_f32(slot_columns.TEMPERATURE)[slot][:, None]
     scaled = x / torch.where(temperature > 0, temperature, 1.0)
     kept = _filter(scaled, slots, slot)
@@ -65,6 +93,30 @@ def sample(
     width = min(MAX_LOGPROBS, raw.shape[1])
     top_ids[:, :width].copy_(ids[:, :width])
     top_logprobs[:, :width].copy_(values[:, :width])
+
+
+def _penalise(x: torch.Tensor, slot: torch.Tensor, slots: SlotTable, history: torch.Tensor) -> torch.Tensor:
+    """x ``[R, V]`` with the penalties of rows that are PENALISED; the history of other slots is never used."""
+    repetition, presence, frequency = (
+        slots.column_f32(column)[slot][:, None]
+        for column in (slot_columns.REPETITION, slot_columns.PRESENCE, slot_columns.FREQUENCY)
+    )
+    penalised = slots.column(slot_columns.PENALISED)[slot][:, None] != 0
+    seen = torch.where(penalised, history[slot], 0)
+    count = seen & (IN_PROMPT - 1)
+    x = torch.where(seen != 0, torch.where(x > 0, x / repetition, x * repetition), x)
+    # In float64 the product is exact, so it does not matter whether a compiler fuses it with the subtraction.
+    x = (x.double() - frequency.double() * count).float()
+    return torch.where(count > 0, x - presence, x)
+
+
+def _bias(slot: torch.Tensor, slots: SlotTable, vocabulary: int) -> torch.Tensor:
+    """What the rows' biases add, ``[R, V]``."""
+    ids, values = slots.bias_ids()[slot], slots.bias_values()[slot]
+    valid = torch.arange(ids.shape[1], device=slot.device)[None] < slots.column(slot_columns.NUM_BIAS)[slot][:, None]
+    added = torch.zeros(slot.shape[0], vocabulary + 1, dtype=torch.float32, device=slot.device)
+    added.scatter_(1, torch.where(valid, ids, vocabulary).long(), values)
+    return added[:, :-1]
 
 
 def _bar_stop_ids(
@@ -142,6 +194,7 @@ def advance(
     top_ids: torch.Tensor | None,
     top_logprobs: torch.Tensor | None,
     slots: SlotTable,
+    history: torch.Tensor | None,
     counter: torch.Tensor,
     ring: torch.Tensor,
     host_step: int,
@@ -149,9 +202,11 @@ def advance(
     """Appends the new tokens to their slots, checks stop ids and lengths, and publishes the step in the token ring.
 
     For each row: NEXT_TOKEN = token, LENGTH = sample_position, FINISHED = 1 if the token is a stop id or
-    sample_position + 1 >= MAX_LENGTH; the dummy slot stays as it is. Then counter += 1 and the record of step number
-    ``counter`` (its value before the increment) goes to ``ring[counter % depth]``: int64 ``[depth, R_max,
-    RING_FIELDS]`` in mapped host memory. All rows of ``tokens`` are published, log-probabilities only where given.
+    sample_position + 1 >= MAX_LENGTH; the dummy slot stays as it is. Where the slot is PENALISED, the token's count in
+    ``history`` int32 ``[S, V]`` grows by 1; ``history`` is None where no row can be (after ``greedy``). Then counter
+    += 1 and the record of step number ``counter`` (its value before the increment) goes to ``ring[counter % depth]``:
+    int64 ``[depth, R_max, RING_FIELDS]`` in mapped host memory. All rows of ``tokens`` are published,
+    log-probabilities only where given.
 
     ``counter`` int64 ``[1]`` on the device. Plain PyTorch cannot index host memory by a device counter, so here the
     host passes the same number as ``host_step``; the kernel ignores it.
@@ -169,6 +224,10 @@ def advance(
         (slot_columns.FINISHED, ended.int()),
     ):
         slots.column(index).index_copy_(0, slot, torch.where(live, value, table[:, index]))
+    if history is not None:
+        counted = live & (table[:, slot_columns.PENALISED] != 0)
+        where = (slot, torch.where(counted, tokens, 0).long())
+        history.index_put_(where, counted.int(), accumulate=True)
     columns = [tokens[:, None]]
     if logprobs is not None and top_ids is not None and top_logprobs is not None:
         columns += [logprobs.view(torch.int32)[:, None], top_ids, top_logprobs.view(torch.int32)]

@@ -1,8 +1,8 @@
-"""Triton twins of ``greedy``, ``sample`` and ``advance`` in ``reference.py``.
+"""Triton twins of ``note_prompt``, ``greedy``, ``sample`` and ``advance`` in ``reference_sampling.py``.
 
-Signatures and meaning are the reference's. A choice is two launches: blocks of the vocabulary in parallel, then one
-program per row. Rows share nothing, so a row draws the same token whatever the batch. No call allocates or
-synchronises.
+Signatures and meaning are the reference's. A choice is a launch over blocks of the vocabulary, then one with a program
+per row; between them stand the launches that search the thresholds of top-k and top-p. Rows share nothing, so a row
+draws the same token whatever the batch. No call allocates or synchronises.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ import torch
 
 from jitgraph.ops.append_kernels import advance_kernel
 from jitgraph.ops.elementwise import assert_contiguous, assert_slots, ceil_div, next_power_of_two
+from jitgraph.ops.history_kernels import note_prompt_kernel
+from jitgraph.ops.pdl import pdl_options
 from jitgraph.ops.ring import RING_FIELDS
+from jitgraph.ops.sampling_filter_kernels import draw_kernel, narrow_kernel
 from jitgraph.ops.sampling_kernels import (
     greedy_blocks_kernel,
     greedy_merge_kernel,
@@ -22,14 +25,60 @@ from jitgraph.ops.slots import SlotTable
 from jitgraph.types import MAX_LOGPROBS
 
 _BLOCK = 1024
-_WIDTH = 8192
+_PASSES = 6
+"""Launches that narrow a bracket: what top-k and then top-p over 128,256 logits take, but for rare cases."""
+_FANOUT = 64
+_CHUNK = 256
+_HISTORY_BLOCK = 2048
+_PROMPT_CHUNK = 256
 _FIGURES = 7
 """Float32 words that ``sample`` keeps per block: see ``sample_blocks_kernel``."""
 
 
 def scratch_words(vocab_size: int) -> int:
     """Float32 words of scratch that one row of ``greedy`` or ``sample`` needs."""
-    return _FIGURES * ceil_div(vocab_size, _BLOCK) + vocab_size
+    return _areas_at(vocab_size) + 2 * _area_words(vocab_size)
+
+
+def _areas_at(vocab_size: int) -> int:
+    """Words in front of the two areas that the passes of a search write in turns; a multiple of 4."""
+    return ceil_div(_FIGURES * ceil_div(vocab_size, _BLOCK) + vocab_size, 4) * 4
+
+
+def _area_words(vocab_size: int) -> int:
+    """Words of an area, a multiple of 4: see ``sampling_filter_kernels``."""
+    blocks = ceil_div(vocab_size, _BLOCK)
+    return ceil_div(4 + _FANOUT + 2 * blocks + blocks * _FANOUT, 4) * 4
+
+
+def note_prompt(
+    token_ids: torch.Tensor,
+    positions: torch.Tensor,
+    token_slot: torch.Tensor,
+    slots: SlotTable,
+    history: torch.Tensor,
+) -> None:
+    """Marks a prompt chunk's ids in its slot's history; see ``reference_sampling.note_prompt``."""
+    assert_contiguous(torch.int32, token_ids, positions, token_slot, history)
+    assert_slots(slots)
+    assert history.shape[0] == slots.words.shape[0]
+    tokens, vocabulary = token_ids.shape[0], history.shape[1]
+    assert positions.shape == token_slot.shape == (tokens,)
+    note_prompt_kernel[(ceil_div(vocabulary, _HISTORY_BLOCK),)](
+        token_ids,
+        positions,
+        token_slot,
+        slots.words,
+        history,
+        tokens,
+        DUMMY=slots.dummy,
+        SLOT_STRIDE=slots.stride,
+        VOCABULARY=vocabulary,
+        BLOCK=_HISTORY_BLOCK,
+        CHUNK=_PROMPT_CHUNK,
+        num_warps=4,
+        **pdl_options(),
+    )
 
 
 def greedy(
@@ -56,6 +105,7 @@ def greedy(
         BLOCKS=blocks,
         BLOCK=_BLOCK,
         num_warps=4,
+        **pdl_options(),
     )
     greedy_merge_kernel[(rows,)](
         scratch,
@@ -65,6 +115,7 @@ def greedy(
         BLOCKS=blocks,
         BLOCKS_PADDED=next_power_of_two(blocks),
         num_warps=1,
+        **pdl_options(),
     )
 
 
@@ -73,6 +124,7 @@ def sample(
     sample_slot: torch.Tensor,
     sample_position: torch.Tensor,
     slots: SlotTable,
+    history: torch.Tensor,
     scratch: torch.Tensor,
     tokens: torch.Tensor,
     logprobs: torch.Tensor,
@@ -82,33 +134,39 @@ def sample(
     """Draws a token per row by its slot's parameters; see ``reference_sampling.sample``. ``scratch`` as in ``greedy``.
 
     Thresholds are exact: the k-th largest value and the top-p boundary are found by search over the ordered bits of
-    x / temperature. Rows without log-probabilities leave ``logprobs`` and the top lists as they were.
+    x / temperature, spread over the blocks. Rows without log-probabilities leave ``logprobs`` and the top lists as they
+    were.
     """
     _check(logits, sample_slot, sample_position, slots, scratch, tokens)
     assert_contiguous(torch.float32, logprobs, top_logprobs)
-    assert_contiguous(torch.int32, top_ids)
+    assert_contiguous(torch.int32, top_ids, history)
     rows, vocabulary = logits.shape
+    assert history.shape == (slots.words.shape[0], vocabulary)
     assert top_ids.shape == top_logprobs.shape == (rows, MAX_LOGPROBS)
     blocks = ceil_div(vocabulary, _BLOCK)
-    tensors = (logits, sample_slot, sample_position, slots.words, scratch)
     geometry = {
         "SLOT_STRIDE": slots.stride,
         "SCRATCH_STRIDE": scratch.stride(0),
         "VOCABULARY": vocabulary,
         "BLOCKS": blocks,
         "BLOCK": _BLOCK,
+        **pdl_options(),
     }
-    sample_blocks_kernel[(rows, blocks)](*tensors, **geometry, num_warps=4)
+    sample_blocks_kernel[(rows, blocks)](
+        logits, sample_slot, sample_position, slots.words, history, scratch, **geometry, num_warps=4
+    )
+    geometry["BLOCKS_PADDED"] = next_power_of_two(blocks)
+    areas = scratch.view(torch.int32)[:, _areas_at(vocabulary) :]
+    before, after = areas[:, _area_words(vocabulary) :], areas
+    for index in range(_PASSES):
+        search = {"CHUNK": _CHUNK, "FANOUT": _FANOUT, "FIRST": index == 0, "num_warps": 8}
+        narrow_kernel[(rows, blocks)](sample_slot, slots.words, scratch, before, after, **geometry, **search)
+        before, after = after, before
+    draw_kernel[(rows, blocks)](
+        sample_slot, sample_position, slots.words, scratch, before, **geometry, FANOUT=_FANOUT, num_warps=4
+    )
     sample_rows_kernel[(rows,)](
-        *tensors,
-        tokens,
-        logprobs,
-        top_ids,
-        top_logprobs,
-        **geometry,
-        BLOCKS_PADDED=next_power_of_two(blocks),
-        WIDTH=min(_WIDTH, next_power_of_two(vocabulary)),
-        num_warps=16,
+        logits, sample_slot, slots.words, scratch, tokens, logprobs, top_ids, top_logprobs, **geometry, num_warps=4
     )
 
 
@@ -137,6 +195,7 @@ def advance(
     top_ids: torch.Tensor | None,
     top_logprobs: torch.Tensor | None,
     slots: SlotTable,
+    history: torch.Tensor | None,
     counter: torch.Tensor,
     ring: torch.Tensor,
     host_step: int,
@@ -153,6 +212,9 @@ def advance(
     depth, ring_rows, fields = ring.shape
     rows = tokens.shape[0]
     assert fields == RING_FIELDS and rows <= ring_rows
+    if history is not None:
+        assert_contiguous(torch.int32, history)
+        assert history.shape[0] == slots.words.shape[0]
     reported = logprobs is not None and top_ids is not None and top_logprobs is not None
     if logprobs is not None and top_ids is not None and top_logprobs is not None:
         assert_contiguous(torch.float32, logprobs, top_logprobs)
@@ -165,15 +227,18 @@ def advance(
         top_ids if reported else tokens,
         top_logprobs if reported else tokens,
         slots.words,
+        tokens if history is None else history,  # not touched where HISTORY_STRIDE is 0
         counter,
         ring,
         rows,
         DUMMY=slots.dummy,
         SLOT_STRIDE=slots.stride,
+        HISTORY_STRIDE=0 if history is None else history.shape[1],
         DEPTH=depth,
         RING_ROWS=ring_rows,
         BLOCK_R=next_power_of_two(ring_rows),
         BLOCK_TOP=next_power_of_two(MAX_LOGPROBS),
         LOGPROBS=reported,
         num_warps=1,
+        **pdl_options(),
     )

@@ -8,13 +8,15 @@ Owned by the engine's thread and stream: the host writes whole rows between step
 
 from __future__ import annotations
 
+import struct
 from typing import NamedTuple
 
 import torch
 
-from jitgraph.types import MAX_STOP_TOKEN_IDS, SamplingParams
+from jitgraph.types import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, SamplingParams
 
-# Columns. ``STOP_IDS`` and ``BLOCK_TABLE`` are runs; the block table fills the rest of the row.
+# Columns. ``STOP_IDS``, ``BIAS_IDS``, ``BIAS_VALUES`` and ``BLOCK_TABLE`` are runs; the block table fills the rest of
+# the row.
 NEXT_TOKEN = 0
 """Token the next decode step feeds."""
 LENGTH = 1
@@ -35,8 +37,21 @@ NUM_STOP = 10
 TEMPERATURE = 11
 TOP_P = 12
 MIN_P = 13
-STOP_IDS = 16
-BLOCK_TABLE = STOP_IDS + MAX_STOP_TOKEN_IDS
+REPETITION = 14
+PRESENCE = 15
+FREQUENCY = 16
+PENALISED = 17
+"""1 where a history of the slot's ids is kept: one of the three penalties is in use."""
+NUM_BIAS = 18
+STOP_IDS = 20
+BIAS_IDS = STOP_IDS + MAX_STOP_TOKEN_IDS
+"""Ascending; the first ``NUM_BIAS`` count."""
+BIAS_VALUES = BIAS_IDS + MAX_LOGIT_BIAS
+BLOCK_TABLE = BIAS_VALUES + MAX_LOGIT_BIAS
+
+# The history: int32 ``[S, V]`` beside the table, kept for the slots that are ``PENALISED`` and stale for the others.
+IN_PROMPT = 1 << 30
+"""Bit of a history word: the id stands in the prompt. The bits below count how often it was chosen as output."""
 
 
 class SlotTable(NamedTuple):
@@ -55,6 +70,7 @@ class SlotTable(NamedTuple):
         words[:, LENGTH] = 0
         floats = words.view(torch.float32)
         floats[:, TOP_P] = 1.0
+        floats[:, REPETITION] = 1.0
         return cls(words, pages_per_slot)
 
     @property
@@ -79,9 +95,21 @@ class SlotTable(NamedTuple):
         """Stop ids, a view ``[S, MAX_STOP_TOKEN_IDS]``; the first ``NUM_STOP`` of a row count."""
         return self.words[:, STOP_IDS : STOP_IDS + MAX_STOP_TOKEN_IDS]
 
+    def bias_ids(self) -> torch.Tensor:
+        """Biased ids, a view ``[S, MAX_LOGIT_BIAS]``; the first ``NUM_BIAS`` of a row count."""
+        return self.words[:, BIAS_IDS : BIAS_IDS + MAX_LOGIT_BIAS]
+
+    def bias_values(self) -> torch.Tensor:
+        """What is added to the logits of ``bias_ids``, a float32 view ``[S, MAX_LOGIT_BIAS]``."""
+        return self.words.view(torch.float32)[:, BIAS_VALUES : BIAS_VALUES + MAX_LOGIT_BIAS]
+
     def block_table(self) -> torch.Tensor:
         """KV pages by position // page_size, a view ``[S, P]``."""
         return self.words[:, BLOCK_TABLE : BLOCK_TABLE + self.pages_per_slot]
+
+
+SCALARS = struct.Struct("@11i6f2i")
+"""The columns before ``STOP_IDS``, in their order: from ``NEXT_TOKEN``, from ``TEMPERATURE``, from ``PENALISED``."""
 
 
 def encode_row(
@@ -93,28 +121,51 @@ def encode_row(
     seed: int,
     pages: list[int],
 ) -> None:
-    """Writes a freshly admitted sequence into one host row ``[W]`` int32 (pinned staging memory).
+    """``pack_row`` into one host row ``[W]`` int32."""
+    words = memoryview(out.numpy().data).cast("B")
+    pack_row(words, 0, out.numel(), params, prompt_length, max_length, stop_ids, seed, pages)
+
+
+def pack_row(
+    buffer: memoryview,
+    offset: int,
+    words: int,
+    params: SamplingParams,
+    prompt_length: int,
+    max_length: int,
+    stop_ids: tuple[int, ...],
+    seed: int,
+    pages: list[int],
+) -> None:
+    """Writes a freshly admitted sequence into the ``words`` of a row at byte ``offset`` of a buffer. On the path to the
+    first token, hence few calls.
 
     ``stop_ids`` are the EOS and stop ids together, at most ``MAX_STOP_TOKEN_IDS``; ``pages`` cover
     ``max_length - 1`` positions, the rest of the block table points at page 0.
     """
-    assert len(stop_ids) <= MAX_STOP_TOKEN_IDS and len(pages) <= out.numel() - BLOCK_TABLE
-    out.zero_()
-    ints = out.numpy()
-    floats = out.view(torch.float32).numpy()
-    ints[PROMPT_LENGTH] = prompt_length
-    ints[MIN_LENGTH] = min(prompt_length + params.min_tokens, max_length)
-    ints[MAX_LENGTH] = max_length
-    ints[TOP_K] = params.top_k
-    ints[NUM_LOGPROBS] = -1 if params.logprobs is None else params.logprobs
-    ints[SEED_LO] = _signed(seed & 0xFFFFFFFF)
-    ints[SEED_HI] = _signed(seed >> 32)
-    ints[NUM_STOP] = len(stop_ids)
-    floats[TEMPERATURE] = 0.0 if params.coldest else params.temperature
-    floats[TOP_P] = params.top_p
-    floats[MIN_P] = params.min_p
-    ints[STOP_IDS : STOP_IDS + len(stop_ids)] = stop_ids
-    ints[BLOCK_TABLE : BLOCK_TABLE + len(pages)] = pages
+    bias = params.bias_entries
+    unused = words - BLOCK_TABLE - len(pages)
+    assert len(stop_ids) <= MAX_STOP_TOKEN_IDS and unused >= 0
+    SCALARS.pack_into(
+        buffer,
+        offset,
+        *(0, 0, 0),
+        prompt_length,
+        min(prompt_length + params.min_tokens, max_length),
+        max_length,
+        *params.kernel_ints,
+        _signed(seed & 0xFFFFFFFF),
+        _signed(seed >> 32),
+        len(stop_ids),
+        *params.kernel_floats,
+        params.penalised,
+        len(bias),
+    )
+    struct.pack_into(f"@{len(stop_ids)}i", buffer, offset + 4 * STOP_IDS, *stop_ids)
+    if bias:
+        struct.pack_into(f"@{len(bias)}i", buffer, offset + 4 * BIAS_IDS, *(token for token, _ in bias))
+        struct.pack_into(f"@{len(bias)}f", buffer, offset + 4 * BIAS_VALUES, *(value for _, value in bias))
+    struct.pack_into(f"@{len(pages)}i{4 * unused}x", buffer, offset + 4 * BLOCK_TABLE, *pages)
 
 
 def _signed(word: int) -> int:

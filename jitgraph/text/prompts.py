@@ -34,6 +34,8 @@ def token_ids(prompt: Any) -> tuple[int, ...]:
     Raises:
         RequestError: not a list, or something in it is not a whole number.
     """
+    if type(prompt) in (list, tuple) and set(map(type, prompt)) == {int}:
+        return tuple(prompt)  # the usual case, on the path to the first token
     items = _items(prompt)
     if not all(_is_whole(item) for item in items):
         raise RequestError("a prompt of token ids must be whole numbers only")

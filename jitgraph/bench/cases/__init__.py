@@ -1,1 +1,1 @@
-"""The five cases, one file each. Importing this package imports none of them: a case lives in its own process."""
+"""The cases, one file each. Importing this package imports none of them: a case lives in its own process."""

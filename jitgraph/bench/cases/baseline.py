@@ -83,6 +83,16 @@ class BaselineCase:
 
         return {"engine": "transformers", "version": transformers.__version__, "attention": "sdpa", "emulated": False}
 
+    def attribution(self, token_ids: list[int]) -> dict[str, float]:
+        """See ``Case``. All it launches are kernels; its host has no time of its own to tell apart."""
+        if not self._device.startswith("cuda"):
+            return {}
+        from jitgraph.bench.ablation import LAUNCHES
+        from jitgraph.bench.attribution import calls_per_step
+
+        found = calls_per_step(lambda tokens: self._generate(token_ids, tokens, None))
+        return {**found, LAUNCHES: found["kernels_per_step"]}
+
     def close(self) -> None:
         """See ``Case``."""
         self._model = None

@@ -1,4 +1,4 @@
-"""What a case is, and the part that the three engine cases share. No torch at import.
+"""What a case is, and the part that this engine's cases share. No torch at import.
 
 A case lives on the main thread of a process of its own. Its timed calls take token ids and return when the token id is
 on the host; everything else (counters, memory) is asked for between timed calls.
@@ -64,6 +64,10 @@ class Case(Protocol):
     def describe(self) -> dict[str, Any]:
         """Device, dtype, versions, settings; ``emulated`` where graphs are."""
 
+    def attribution(self, token_ids: list[int]) -> dict[str, float]:
+        """What a decode step after this prompt costs the host, by the names of ``attribution``; empty where the case
+        cannot tell. It is the last thing that a process is asked: the profiler slows down what comes after it."""
+
     def close(self) -> None:
         """Lets go of everything."""
 
@@ -76,10 +80,12 @@ def process_peak_bytes() -> int:
 class EngineCase:
     """This project's engine under the settings of one case."""
 
-    def __init__(self, ops: str, graphs: bool, fused_sampling: bool) -> None:
+    def __init__(self, ops: str, graphs: bool, fused_sampling: bool, **settings: Any) -> None:
+        """``settings``: further fields of ``EngineConfig``; all others are as users get them."""
         self._ops = ops
         self._graphs = graphs
-        self._fused_sampling = fused_sampling
+        self._settings = {"graphs": graphs, "fused_sampling": fused_sampling, **settings}
+        self._cuda = False
         self._llm: Any = None
 
     def load(self, plan: Plan) -> None:
@@ -87,6 +93,7 @@ class EngineCase:
         from jitgraph.config import DEFAULT_PREFILL_BUCKETS
         from jitgraph.llm import LLM
 
+        self._cuda = plan.device.startswith("cuda")
         buckets = DEFAULT_PREFILL_BUCKETS
         exact = tuple(n for n in plan.prompt_lengths if n not in buckets and n <= buckets[-1])
         self._llm = LLM(
@@ -98,9 +105,8 @@ class EngineCase:
             max_model_len=plan.max_model_len,
             max_streams=1,
             precapture_lengths=exact if self._graphs else (),
-            graphs=self._graphs,
-            ops=self._ops if plan.device.startswith("cuda") else "torch",
-            fused_sampling=self._fused_sampling,
+            ops=self._ops if self._cuda else "torch",
+            **self._settings,
         )
 
     def first_token(self, token_ids: list[int]) -> FirstToken:
@@ -138,7 +144,16 @@ class EngineCase:
         """See ``Case``."""
         stats = self._llm.stats()
         noted = ("captures", "compiles_after_ready", "graphs_left_out", "ready_ms")
-        return {"engine": "jitgraph", **self._llm.describe(), **{name: stats[name] for name in noted}}
+        config = self._llm._engine.config
+        rolling = config.graphs and config.rolling and config.graph_scope == "step"
+        described = {"engine": "jitgraph", **self._llm.describe(), "rolling": rolling}
+        return {**described, **{name: stats[name] for name in noted}}
+
+    def attribution(self, token_ids: list[int]) -> dict[str, float]:
+        """See ``Case``."""
+        from jitgraph.bench.attribution import engine_attribution
+
+        return engine_attribution(self._llm, token_ids, self._cuda)
 
     def close(self) -> None:
         """See ``Case``."""

@@ -1,5 +1,5 @@
 """Case 4, JIT + CUDA graph: JIT kernels read what changes from device memory, so one graph holds the whole step,
-sampling included."""
+sampling included; a stream alone is decoded in loops on the device. The engine as users get it."""
 
 from __future__ import annotations
 

@@ -112,6 +112,10 @@ class TensorRTLLMCase:
 
         return {"engine": "tensorrt_llm", "version": tensorrt_llm.__version__, "block_reuse": False, "emulated": False}
 
+    def attribution(self, token_ids: list[int]) -> dict[str, float]:
+        """See ``Case``. Its engine may be another process, out of the profiler's sight."""
+        return {}
+
     def close(self) -> None:
         """See ``Case``."""
         if self._llm is not None:

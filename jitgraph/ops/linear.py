@@ -1,0 +1,307 @@
+"""Matrix products chosen by the number of tokens; meaning and signatures are those of ``reference_linear.py``.
+
+One token: a matrix-vector kernel with the norm, the residual and the activation inside. Up to ``SKINNY_TOKENS``: a
+tensor-core kernel with the weights as rows. Above: cuBLAS, whose epilogue adds the residual. The ``invariant_``
+variants use the tensor-core kernel for every count with one order of summation per element, so that the bits of a
+token's row depend on that row alone. The ``kernels_`` variants never use the library. No call allocates (cuBLAS has its
+workspace from the first call on) or synchronises.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from jitgraph.config import interpreting
+from jitgraph.ops.elementwise import add_rms_norm, assert_contiguous, ceil_div, next_power_of_two, rms_norm, silu_mul
+from jitgraph.ops.linear_kernels import gemv_kernel, skinny_kernel
+from jitgraph.ops.pdl import PDL_TOKENS, pdl_options
+from jitgraph.ops.reference_linear import LinearScratch
+
+SKINNY_TOKENS = 16
+"""Tokens up to which the tensor-core kernel is ahead of cuBLAS on an H200 (``docs/log.md`` has the figures)."""
+_FILL_PROGRAMS = 128
+"""Programs that keep the multiprocessors of a large GPU busy; with fewer the sum is split."""
+_MAX_SPLIT = 4
+_BLOCK_N = 64
+
+
+def partial_words(n: int) -> int:
+    """float32 words of ``LinearScratch.partial`` that products of up to ``n`` outputs need."""
+    return _MAX_SPLIT * min(n, _FILL_PROGRAMS * _BLOCK_N) * SKINNY_TOKENS
+
+
+def arrival_words(n: int) -> int:
+    """int32 words of ``LinearScratch.arrivals`` for products of up to ``n`` outputs."""
+    return ceil_div(min(n, _FILL_PROGRAMS * _BLOCK_N), _BLOCK_N)
+
+
+def product_classes(chunk_tokens: int) -> tuple[int, ...]:
+    """Token counts that stand for all: one of each kernel, tile and class of integer."""
+    counts = (1, 2, 16, 17, 32, 65, 80, PDL_TOKENS + 1, PDL_TOKENS + 16)
+    return tuple(count for count in counts if count <= chunk_tokens)
+
+
+class Products:
+    """The products of a layer under one policy. Stateless: one instance serves all engines."""
+
+    def __init__(self, library: bool, vector: bool) -> None:
+        """``library``: above ``SKINNY_TOKENS``, and for float32, cuBLAS does it. ``vector``: one token has a kernel of
+        its own. With neither, every count goes through one kernel and one order of summation."""
+        self._library = library
+        self._vector = vector
+
+    def norm_linear(
+        self,
+        pending: torch.Tensor | None,
+        residual: torch.Tensor,
+        norm: torch.Tensor,
+        eps: float,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        normed: torch.Tensor,
+        out: torch.Tensor,
+        scratch: LinearScratch,
+    ) -> None:
+        """out = rms_norm(residual + pending) @ weight.T (+ bias); see ``reference_linear.norm_linear``."""
+        if self._is_vector(residual) and pending is None:
+            _gemv(residual, norm, eps, weight, bias, None, out, gated=False)
+            return
+        _norm(pending, residual, norm, eps, normed)
+        if self._in_library(normed):
+            _library_linear(normed, weight, bias, out)
+        else:
+            self._tiles(normed, weight, bias, None, out, scratch, gated=False)
+
+    def linear_add(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        hidden: torch.Tensor,
+        residual: torch.Tensor,
+        scratch: LinearScratch,
+    ) -> torch.Tensor | None:
+        """residual += x @ weight.T (+ bias); see ``reference_linear.linear_add``. In the library a product with a bias
+        leaves the addition to the next norm."""
+        if self._is_vector(x):
+            _gemv(x, None, 0.0, weight, bias, residual, residual, gated=False)
+        elif not self._in_library(x):
+            self._tiles(x, weight, bias, residual, residual, scratch, gated=False)
+        elif bias is None:
+            torch.addmm(residual, x, weight.t(), out=residual)
+        else:
+            torch.addmm(bias, x, weight.t(), out=hidden)
+            return hidden
+        return None
+
+    def norm_gated(
+        self,
+        pending: torch.Tensor | None,
+        residual: torch.Tensor,
+        norm: torch.Tensor,
+        eps: float,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        normed: torch.Tensor,
+        gate_up: torch.Tensor,
+        activated: torch.Tensor,
+        scratch: LinearScratch,
+    ) -> None:
+        """activated = silu(gate) * up of the normed residual; see ``reference_linear.norm_gated``."""
+        if self._is_vector(residual) and pending is None:
+            _gemv(residual, norm, eps, weight, bias, None, activated, gated=True)
+            return
+        _norm(pending, residual, norm, eps, normed)
+        if self._in_library(normed):
+            _library_linear(normed, weight, bias, gate_up)
+            silu_mul(gate_up, activated)
+        else:
+            self._tiles(normed, weight, bias, None, activated, scratch, gated=True)
+
+    def _is_vector(self, x: torch.Tensor) -> bool:
+        return self._vector and x.shape[0] == 1
+
+    def _in_library(self, x: torch.Tensor) -> bool:
+        """float32 as well: tensor cores would round it, and plain arithmetic in a tile is slow."""
+        return self._library and (x.shape[0] > SKINNY_TOKENS or x.dtype == torch.float32)
+
+    def _tiles(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        out: torch.Tensor,
+        scratch: LinearScratch,
+        gated: bool,
+    ) -> None:
+        if self._vector and x.shape[0] <= SKINNY_TOKENS:
+            _skinny(x, weight, bias, residual, out, scratch, gated)
+        else:
+            _tiled(x, weight, bias, residual, out, scratch, gated)
+
+
+_STANDARD = Products(library=True, vector=True)
+_INVARIANT = Products(library=False, vector=False)
+_KERNELS = Products(library=False, vector=True)
+
+norm_linear, linear_add, norm_gated = _STANDARD.norm_linear, _STANDARD.linear_add, _STANDARD.norm_gated
+invariant_norm_linear, invariant_linear_add = _INVARIANT.norm_linear, _INVARIANT.linear_add
+invariant_norm_gated = _INVARIANT.norm_gated
+kernels_norm_linear, kernels_linear_add = _KERNELS.norm_linear, _KERNELS.linear_add
+kernels_norm_gated = _KERNELS.norm_gated
+
+
+# ------------------------------------------------------------------------------------------------------------- launches
+
+
+def _norm(
+    pending: torch.Tensor | None, residual: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor
+) -> None:
+    if pending is None:
+        rms_norm(residual, weight, eps, out)
+    else:
+        add_rms_norm(pending, residual, weight, eps, out)
+
+
+def _library_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _gemv(
+    x: torch.Tensor,
+    norm: torch.Tensor | None,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    gated: bool,
+) -> None:
+    """One token. ``gated``: the weight holds the gate's rows, then up's, and out is half as wide."""
+    _check(x, weight, bias, residual, out, gated)
+    n, k = out.shape[1], x.shape[1]
+    whole = norm is not None or k > 4096
+    most = 4096 if whole else 1024
+    block = min(next_power_of_two(k), most * 2 // max(2, x.element_size()))
+    gemv_kernel[(ceil_div(n, 2),)](
+        x,
+        x if norm is None else norm,  # never read without NORM
+        eps,
+        weight,
+        x if bias is None else bias,
+        x if residual is None else residual,
+        out,
+        N=n,
+        K=k,
+        NORM=norm is not None,
+        GATED=gated,
+        BIAS=bias is not None,
+        ADD=residual is not None,
+        ROWS=2,
+        BLOCK_K=block,
+        num_warps=8 if n > 16384 else 4,
+        **pdl_options(),
+    )
+
+
+def _skinny(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    scratch: LinearScratch,
+    gated: bool,
+) -> None:
+    """2 to ``SKINNY_TOKENS`` tokens; the sum is split where there are too few rows of weight to fill the device."""
+    n, k = out.shape[1], x.shape[1]
+    split = 1
+    while not gated and split < _MAX_SPLIT and ceil_div(n, _BLOCK_N) * split < _FILL_PROGRAMS and k // split > 1024:
+        split *= 2
+    _launch_tiled(x, weight, bias, residual, out, scratch, gated, 16, split, stages=3 if gated else 4)
+
+
+def _tiled(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    scratch: LinearScratch,
+    gated: bool,
+) -> None:
+    """Any number of tokens, each element summed over K in one order.
+
+    The tile's width in tokens may vary: a tensor-core product sums each element of its tile alike whatever the tile's
+    width, as long as the instruction's depth is the same (tested bit for bit on the device).
+    """
+    tokens = x.shape[0]
+    wide = 16 if tokens <= 16 else 64 if tokens <= 64 or gated else 128
+    _launch_tiled(x, weight, bias, residual, out, scratch, gated, wide, split=1, stages=3)
+
+
+def _launch_tiled(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    scratch: LinearScratch,
+    gated: bool,
+    block_m: int,
+    split: int,
+    stages: int,
+) -> None:
+    _check(x, weight, bias, residual, out, gated)
+    tokens, k = x.shape
+    n = out.shape[1]
+    assert split == 1 or (scratch.partial.numel() >= split * n * tokens and scratch.arrivals.numel() >= ceil_div(n, 64))
+    wide = x.dtype == torch.float32
+    skinny_kernel[(ceil_div(n, _BLOCK_N), split, ceil_div(tokens, block_m))](
+        x,
+        weight,
+        x if bias is None else bias,  # never read without BIAS
+        x if residual is None else residual,
+        out,
+        scratch.partial,
+        scratch.arrivals,
+        tokens,
+        N=n,
+        K=k,
+        GATED=gated,
+        BIAS=bias is not None,
+        ADD=residual is not None,
+        BLOCK_M=block_m,
+        BLOCK_N=_BLOCK_N,
+        BLOCK_K=32 if wide else min(128, max(16, next_power_of_two(k))) if block_m < 128 else 64,
+        SPLIT_K=split,
+        PRECISION="ieee" if wide else "tf32",
+        WIDEN=x.dtype == torch.bfloat16 and interpreting(),
+        PDL=False,
+        num_warps=4,
+        num_stages=2 if wide else stages,
+    )
+
+
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    gated: bool,
+) -> None:
+    assert_contiguous(x.dtype, x, weight, out)
+    tokens, k = x.shape
+    n = out.shape[1]
+    assert out.shape[0] == tokens and weight.shape == (2 * n if gated else n, k)
+    if bias is not None:
+        assert_contiguous(x.dtype, bias)
+        assert bias.shape == (weight.shape[0],)
+    if residual is not None:
+        assert_contiguous(x.dtype, residual)
+        assert residual.shape == out.shape

@@ -1,0 +1,38 @@
+"""Plain PyTorch meaning of the op that joins RoPE, KV append and attention of a prompt chunk.
+
+Letters and rules as in ``reference.py``. Nothing is gained by joining them in PyTorch: no engine is bound to this op,
+it is the specification of the Triton twin in ``prefill_fused.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from jitgraph.ops.reference import Rope, rope_append
+from jitgraph.ops.reference_attention import prefill_attention
+from jitgraph.ops.slots import SlotTable
+
+JOINED_TOKENS = 160
+"""Tokens up to which one launch is faster than two: beyond, its programs rotate the same keys too often (H200)."""
+
+
+def rope_prefill_attention(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    token_slot: torch.Tensor,
+    slots: SlotTable,
+    rope: Rope,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    scale: float,
+    window: int,
+    out: torch.Tensor,
+) -> None:
+    """``rope_append`` without norms, then ``prefill_attention``, for a chunk of ONE sequence (that of token 0).
+
+    qkv ``[T, (Hq + 2 Hkv) Dh]``; positions, token_slot int32 ``[T]``; caches ``[N, G, Hkv, Dh]``; out ``[T, Hq, Dh]``.
+    Token t of the sequence stands at positions[0] + t; padding tokens come last.
+    """
+    q = torch.empty_like(out)
+    rope_append(qkv, None, None, 0.0, positions, token_slot, slots, rope, k_cache, v_cache, q)
+    prefill_attention(q, k_cache, v_cache, positions, token_slot, slots, scale, window, out)
