@@ -56,4 +56,7 @@ class IdleThread:
         if work is None:
             self._stopped = True  # its owner is gone
             return False
-        return work()
+        try:
+            return work()
+        except Exception:  # whoever asks for the next token meets it; this thread looks again later
+            return False

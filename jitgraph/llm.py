@@ -212,6 +212,7 @@ class LLM:
     def _work_while_idle(self) -> bool:
         """One piece of the engine's idle work, for the idle thread; whether there is more."""
         with self._lock:
+            self._drop_abandoned()
             return self._running is not None and not self._live and self._running.work_while_idle()
 
     def settle(self, timeout_s: float = 60.0) -> bool:
@@ -222,9 +223,13 @@ class LLM:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             with self._lock:
-                if not self._engine.idle_work:
-                    return True
-                self._engine.work_while_idle()
+                self._drop_abandoned()
+                if not self._live:
+                    if not self._engine.idle_work:
+                        return True
+                    self._engine.work_while_idle()
+                    continue
+            time.sleep(1e-3)  # somebody's request runs
         return False
 
     def step(self) -> None:
@@ -331,9 +336,11 @@ class LLM:
                 return
             for live in list(self._live.values()):
                 self._end(live)
-            engine.close()
-            self._running = None
-            self._idle.stop()
+            try:
+                engine.close()
+            finally:  # an engine that has failed is let go all the same
+                self._running = None
+                self._idle.stop()
             del engine
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

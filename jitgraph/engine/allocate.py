@@ -36,7 +36,7 @@ def allocate(config: EngineConfig, spec: ModelSpec, sizing: Sizing, ops: Ops, we
     rope = build_rope(spec, sizing.positions, device)
     cache = KVCache.allocate(spec, sizing.pages, config.page_size, dtype, device)
     slots = SlotTable.allocate(config.max_streams, sizing.pages_per_slot, device)
-    outputs = max(spec.hidden_size, spec.qkv_size)
+    outputs = max(spec.hidden_size, spec.qkv_size, spec.vocab_size)
     kernels = kernel_workspace(ops, sizing.positions, spec.num_kv_heads, spec.vocab_size, outputs)
     buffers = Buffers(spec, BufferSizes(sizing.arena_tokens, config.max_streams, kernels), slots, dtype, device)
     program = StepProgram(Decoder(spec, weights, rope, ops, sizing.window), buffers, cache)

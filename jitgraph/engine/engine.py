@@ -232,18 +232,19 @@ class Engine:
     def _read(self) -> list[TokenChunk]:
         """Waits for the oldest flight's next step and records it."""
         flight = self._flights[0]
+        already = flight.read
         try:
             read = self.runner.read(flight)
-        except BaseException:
-            if self.runner.reader.broken:
+            if read is None:
+                self._settle_loops()
+                return []
+            if flight.read == flight.count:
+                self._flights.popleft()
+            return self._record(flight, *read)
+        except BaseException:  # while it waited, nothing has changed; afterwards a token may be lost
+            if self.runner.reader.broken or flight.read != already or flight not in self._flights:
                 self._recover()
             raise
-        if read is None:
-            self._settle_loops()
-            return []
-        if flight.read == flight.count:
-            self._flights.popleft()
-        return self._record(flight, *read)
 
     def _settle_loops(self) -> None:
         """Once loops that were called off are over: reads what they still gave, and gives ordinary steps the word."""
@@ -273,6 +274,7 @@ class Engine:
     def _recover(self) -> None:
         """After a launch that did not complete: ends every request and brings host and device back in step."""
         self._express.disarm()
+        self._shadow.interrupt()
         self._flights.clear()
         now = time.perf_counter_ns()
         for identity in list(self._sequences):
@@ -341,14 +343,21 @@ class Engine:
         more. For the thread that owns the engine, while no request is there."""
         if not self.idle_work:
             return False
-        if self._flights:
-            with self._torch():
+        try:
+            return self._work_while_idle()
+        except BaseException:
+            self._recover()
+            raise
+
+    def _work_while_idle(self) -> bool:
+        self._capturer.prepare_thread(self.dtype)
+        with self._torch():
+            if self._flights:
                 self._read()
-            return self.idle_work
-        self._forget_shot()
+                return self.idle_work
+            self._forget_shot()
+            self._settle_loops()  # anything launched before would be numbered wrong
         if not self._capturing:
-            with self._torch():
-                self._settle_loops()  # an armed launch comes before anybody looks for loops that were called off
             self._express.arm()
             return False
         with torch.inference_mode():

@@ -50,8 +50,7 @@ class StepProgram:
         batch, work = self.buffers.views(key)
         yield from self.decoder.stages(key.phase.value, batch, work, self.cache, self.buffers.slots)
         if key.sampling is not Sampling.OUTSIDE:
-            self.finish(key, key.sampling)
-            yield
+            self.finish(key, key.sampling)  # no yield after it: whoever counts steps does so in the same breath
 
     def graph_part(self, key: GraphKey) -> Callable[[], None]:
         """``graph_stages`` as one call."""

@@ -1,9 +1,9 @@
 """The slot table: everything about a running sequence that a step must know, kept on the device.
 
-One row of int32 words per slot, so that admitting a request is one small copy and a replay takes no arguments.
-The last row is the dummy slot: padding belongs to it, its pages are all page 0, and it is always finished.
-Owned by the engine's thread and stream: the host writes whole rows between steps, the kernels update ``next_token``,
-``length`` and ``finished`` inside a step. Float columns are bit patterns of float32.
+One row of int32 words per slot; a new sequence's row comes with its prompt's first launch, and a replay takes no
+arguments. The last row is the dummy slot: padding belongs to it, its pages are all page 0, and it is always finished.
+Owned by the engine's stream: ``receive`` writes whole rows, and kernels update ``next_token``, ``length`` and
+``finished`` inside a step. Float columns are bit patterns of float32.
 """
 
 from __future__ import annotations
