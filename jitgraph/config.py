@@ -122,6 +122,9 @@ class EngineConfig:
     """Kernels: ``torch`` (plain PyTorch), ``mixed`` (Triton for dynamic ops, PyTorch for static ones), ``jit`` (Triton
     for all but large matrix products), ``jit-all`` (Triton for those as well); ``auto`` is ``jit`` on CUDA and
     ``torch`` on the CPU."""
+    tune_products: bool = True
+    """Measure once which cuBLAS algorithms are the fastest for this model's matrices on this device and keep the
+    result on disk; False takes cuBLAS's own choice. Only for ``ops="jit"`` in a half type on CUDA."""
     fused_sampling: bool = True
     """Sampling and append inside the step's graph; False runs them eagerly after it."""
     strict: bool = False
@@ -136,7 +139,9 @@ class EngineConfig:
             value = getattr(self, name)
             optional = name in ("max_model_len", "kv_window") and value is None
             self._require(optional or _is_whole(value), f"{name} must be a whole number, not {value!r}")
-        switches = ("graphs", "fused_sampling", "strict", "rolling", "device_loop", "batch_invariant")
+        switches = (
+            "graphs", "fused_sampling", "strict", "rolling", "device_loop", "batch_invariant", "tune_products"
+        )  # fmt: skip
         for name in switches:
             value = getattr(self, name)
             self._require(isinstance(value, bool), f"{name} must be true or false, not {value!r}")

@@ -87,21 +87,22 @@ def test_every_shape_on_the_device(device: torch.device, settings: dict[str, Any
 def test_a_forgotten_kernel_is_noticed(device: torch.device, monkeypatch: pytest.MonkeyPatch, strict: bool) -> None:
     """A specialisation that nobody made ready: an error in strict mode, and the engine goes on; else it is counted."""
     engine = make_engine(device, SPEC, strict=strict, graphs=False)
-    expected = answer(engine, prompt(5), SamplingParams(max_tokens=4))
+    ids = prompt(5, vocabulary=SPEC.vocab_size)
+    expected = answer(engine, ids, SamplingParams(max_tokens=4))
     program = engine.runner._program
     prepare = program.prepare
-    table, ids = torch.zeros(3, 1237, device=device), torch.zeros(2, dtype=torch.int32, device=device)
+    table, rows = torch.zeros(3, 1237, device=device), torch.zeros(2, dtype=torch.int32, device=device)
     out = torch.zeros(2, 1237, device=device)
 
     def forgetful(key: Any) -> None:
-        elementwise.embed(ids, table, out)
+        elementwise.embed(rows, table, out)
         prepare(key)
 
     chunks: dict[int, list[TokenChunk]] = {}
     engine.reset_counters()
     with monkeypatch.context() as patch:
         patch.setattr(program, "prepare", forgetful)
-        engine.submit(Request(0, prompt(5), SamplingParams(max_tokens=4)))
+        engine.submit(Request(0, ids, SamplingParams(max_tokens=4)))
         if strict:
             with pytest.raises(CompileError, match="strict"):
                 finish(engine, chunks)
@@ -111,4 +112,4 @@ def test_a_forgotten_kernel_is_noticed(device: torch.device, monkeypatch: pytest
     else:
         assert len(chunks[0]) == 4 and engine.runner.compiles == 1
     assert_nothing_left(engine)
-    assert answer(engine, prompt(5), SamplingParams(max_tokens=4)) == expected
+    assert answer(engine, ids, SamplingParams(max_tokens=4)) == expected

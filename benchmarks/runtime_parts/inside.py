@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from jitgraph import LLM
 from jitgraph.bench.ceiling import model_linears
 from jitgraph.graphs.captured import CapturedGraph, ShadowCapture
@@ -43,6 +45,16 @@ def make_room(llm: LLM, lengths: Sequence[int]) -> None:
         store(llm).budget.max_graphs += len(lengths)
         for length in lengths:
             store(llm).want(prompt_key(length))
+
+
+def reserve(llm: LLM, graphs: int) -> None:
+    """Driver memory for so many graphs more, taken as an engine takes it for its ``max_graphs`` before it is ready:
+    there ``make_room`` raises the limit afterwards."""
+    engine = llm._engine
+    largest = prompt_key(engine.sizing.chunk_tokens)
+    with llm._lock, torch.inference_mode():
+        engine._shadow.abandon()
+        engine._capturer.reserve(engine.runner._program.graph_part(largest), graphs if llm.device.type == "cuda" else 0)
 
 
 def want(llm: LLM, lengths: Iterable[int], requests: int = 0) -> None:

@@ -70,7 +70,7 @@ def decode(lab: Lab) -> Result:
 
 
 def tails(lab: Lab) -> Result:
-    """Many requests of one length, then many tokens: streams one after the other, only the gaps inside them."""
+    """Many requests of one length, then many tokens: short streams, each after a pause, and only the gaps inside."""
     llm, scale = lab.headline_llm(), lab.scale
     prompt = lab.ids(scale.tail_prompt)
     lab.warm(llm, prompt)

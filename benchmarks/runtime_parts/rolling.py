@@ -30,6 +30,7 @@ def capturing(lab: Lab) -> Result:
     scale = lab.scale
     lengths = sorted(random_lengths(scale.capture_rounds * scale.capture_graphs, BUCKETS[-1]))
     llm = lab.llm(precapture_lengths=lengths, max_graphs=GRAPHS_AT_START, graph_memory="4GiB")
+    inside.reserve(llm, len(lengths))
     prompt = lab.ids(scale.capture_prompt)
     lab.warm(llm, prompt)
     samples: dict[str, list[list[float]]] = {"gaps_capturing": [], "gaps_idle": [], "captures": []}

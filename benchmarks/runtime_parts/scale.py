@@ -21,10 +21,12 @@ class Scale:
     """(prompt, tokens): together the contexts from 10 to 564, each once."""
     tail_requests: int = 1000
     tail_prompt: int = 100
-    itl_streams: int = 26
-    itl_prompt: int = 500
-    """Where a stream begins: from here on a token's share of the context's growth is small."""
-    itl_tokens: int = 401
+    itl_streams: int = 100
+    itl_prompt: int = 400
+    """Where a stream begins; up to its end attention splits the context in the same number of parts."""
+    itl_tokens: int = 101
+    """As many as a pause between streams lets the card's power recover from: streams of 400 reach its limit, and then
+    the tail is that of the clock."""
     capture_rounds: int = 6
     capture_graphs: int = 50
     """Graphs captured beside one stream."""

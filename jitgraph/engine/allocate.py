@@ -1,8 +1,12 @@
-"""All the device memory of an engine besides the weights, and the step's program bound to it. Before ready, once."""
+"""What an engine is built from before ready: its ops, all its device memory besides the weights, and the step's program
+bound to both."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
+
+import torch
 
 from jitgraph.config import EngineConfig
 from jitgraph.engine.sizing import Sizing
@@ -13,7 +17,8 @@ from jitgraph.model.decoder import Decoder
 from jitgraph.model.rope import build_rope
 from jitgraph.model.spec import ModelSpec
 from jitgraph.model.weights import ModelWeights
-from jitgraph.ops.select import Ops, kernel_workspace
+from jitgraph.ops.reference_linear import ProductShape
+from jitgraph.ops.select import Ops, kernel_workspace, select_ops, with_tuned_products
 from jitgraph.ops.slots import SlotTable
 
 
@@ -41,3 +46,48 @@ def allocate(config: EngineConfig, spec: ModelSpec, sizing: Sizing, ops: Ops, we
     buffers = Buffers(spec, BufferSizes(sizing.arena_tokens, config.max_streams, kernels), slots, dtype, device)
     program = StepProgram(Decoder(spec, weights, rope, ops, sizing.window), buffers, cache)
     return Memory(cache, PageAllocator(sizing.pages), buffers, program)
+
+
+def choose_ops(
+    config: EngineConfig, sizing: Sizing, weights: ModelWeights, progress: Callable[[str, int, int], None]
+) -> Ops:
+    """The ops of a config. Where cuBLAS does the large products, its fastest algorithms are looked for first, which
+    takes seconds unless an earlier start has left them in the disk cache.
+
+    Raises:
+        DeviceError: as ``select_ops``.
+    """
+    device = weights.embedding.device
+    ops = select_ops(config.ops, device, config.batch_invariant)
+    if device.type != "cuda" or ops.flavour != "jit" or ops.invariant or not config.tune_products:
+        return ops
+    # CUDA and Triton are not needed, nor always there, on a CPU
+    from jitgraph.jit.disk_cache import open_cache
+    from jitgraph.ops.linear import SKINNY_TOKENS
+    from jitgraph.ops.products import tune_products
+
+    with torch.inference_mode():
+        tuned = tune_products(
+            _product_matrices(weights),
+            SKINNY_TOKENS + 1,
+            sizing.chunk_tokens,
+            open_cache(),
+            lambda done, total: progress("tune products", done, total),
+        )
+    return ops if tuned is None else with_tuned_products(ops, tuned)
+
+
+def _product_matrices(weights: ModelWeights) -> dict[ProductShape, list[torch.Tensor]]:
+    """The layers' matrices by shape and use; those with a bias are left to torch."""
+    found: dict[ProductShape, list[torch.Tensor]] = {}
+    for layer in weights.layers:
+        for matrix, bias, add in (
+            (layer.qkv, layer.qkv_bias, False),
+            (layer.o, layer.o_bias, True),
+            (layer.gate_up, layer.gate_up_bias, False),
+            (layer.down, layer.down_bias, True),
+        ):
+            if bias is None:
+                n, k = matrix.shape
+                found.setdefault(ProductShape(n, k, add), []).append(matrix)
+    return found

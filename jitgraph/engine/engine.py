@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from jitgraph.config import EngineConfig, parse_size
-from jitgraph.engine.allocate import allocate
+from jitgraph.engine.allocate import allocate, choose_ops
 from jitgraph.engine.express import Express, Shot
 from jitgraph.engine.flights import InFlight
 from jitgraph.engine.intake import Intake
@@ -32,7 +32,6 @@ from jitgraph.graphs.step import StepProgram
 from jitgraph.graphs.store import Store, is_decode
 from jitgraph.model.spec import ModelSpec
 from jitgraph.model.weights import ModelWeights
-from jitgraph.ops.select import select_ops
 from jitgraph.types import FinishReason, Request, SamplingParams, TokenChunk, TokenLogprobs
 
 __all__ = ["Engine", "Progress", "ReadyReport"]
@@ -67,10 +66,12 @@ class Engine:
         self.dtype = dtype
         self.sizing: Sizing = resolve_sizing(config, spec, dtype.itemsize)
         self.ready = ReadyReport()
+        tell = progress or (lambda phase, done, total: None)
         started = time.perf_counter()
-        self.ops = select_ops(config.ops, device, config.batch_invariant)
-        memory = allocate(config, spec, self.sizing, self.ops, weights)
-        self.cache, self.pages, self.buffers, program = memory
+        self.ops = choose_ops(config, self.sizing, weights, tell)
+        self.ready.phases_ms["tune"] = (time.perf_counter() - started) * 1e3
+        started = time.perf_counter()
+        self.cache, self.pages, self.buffers, program = allocate(config, spec, self.sizing, self.ops, weights)
         self.ready.phases_ms["allocate"] = (time.perf_counter() - started) * 1e3
         limits = (config.max_graphs, parse_size(config.graph_memory, "graph_memory"))
         self.store: Store[CapturedGraph] = Store(*limits, pinned=self._is_pinned)
@@ -86,7 +87,7 @@ class Engine:
         self._sequences: dict[int, Sequence] = {}
         self._flights: deque[InFlight] = deque()
         self._news: list[TokenChunk] = []
-        self._get_ready(program, progress or (lambda phase, done, total: None))
+        self._get_ready(program, tell)
 
     def _is_pinned(self, key: GraphKey) -> bool:
         """Graphs that never make room for others: decoding, and the buckets that serve every prompt."""

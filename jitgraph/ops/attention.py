@@ -15,7 +15,7 @@ from jitgraph.config import interpreting
 from jitgraph.ops.attention_decode_kernels import decode_grouped_kernel, decode_single_kernel
 from jitgraph.ops.attention_kernels import prefill_attention_kernel
 from jitgraph.ops.elementwise import assert_contiguous, assert_rolling, assert_slots, ceil_div, next_power_of_two
-from jitgraph.ops.pdl import PDL_TOKENS, pdl_options
+from jitgraph.ops.pdl import pdl_options
 from jitgraph.ops.reference import Rolling
 from jitgraph.ops.slots import SlotTable
 
@@ -49,9 +49,9 @@ def prefill_classes(num_heads: int, chunk_tokens: int) -> tuple[int, ...]:
     Triton compiles 1, multiples of 16 and other integers apart. When each of these has run once, no prompt compiles
     ``prefill_attention`` again.
     """
-    least: dict[tuple[tuple[int, int], bool, bool, bool], int] = {}
+    least: dict[tuple[tuple[int, int], bool, bool], int] = {}
     for tokens in range(1, chunk_tokens + 1):
-        kind = _prefill_block(tokens, num_heads), tokens <= PDL_TOKENS, tokens == 1, tokens % 16 == 0
+        kind = _prefill_block(tokens, num_heads), tokens == 1, tokens % 16 == 0
         least.setdefault(kind, tokens)
     return tuple(least.values())
 
@@ -95,7 +95,7 @@ def prefill_attention(
         WIDEN=_widen(q.dtype),
         STAGES=stages,
         num_warps=warps,
-        **pdl_options(tokens),
+        **pdl_options(),
     )
 
 

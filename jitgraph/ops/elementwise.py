@@ -19,7 +19,7 @@ from jitgraph.ops.elementwise_kernels import (
     silu_mul_kernel,
 )
 from jitgraph.ops.inbox import HEADER, InboxLayout
-from jitgraph.ops.pdl import pdl_options
+from jitgraph.ops.pdl import pdl_options, pdl_options_before
 from jitgraph.ops.reference import Rolling, Rope, check_rolling
 from jitgraph.ops.slots import SlotTable
 
@@ -244,5 +244,5 @@ def rope_append(
         BLOCK_H=heads,
         BLOCK_D=next_power_of_two(dh // 2),
         num_warps=warps,
-        **pdl_options(tokens),
+        **pdl_options_before(tokens),
     )

@@ -5,6 +5,7 @@ tensor-core kernel with the weights as rows. Above: cuBLAS, whose epilogue adds 
 variants use the tensor-core kernel for every count with one order of summation per element, so that the bits of a
 token's row depend on that row alone. The ``kernels_`` variants never use the library. No call allocates (cuBLAS has its
 workspace from the first call on) or synchronises.
+``Products(..., tuned)`` takes the library's algorithms from a measurement (``products.py``).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from jitgraph.config import interpreting
 from jitgraph.ops.elementwise import add_rms_norm, assert_contiguous, ceil_div, next_power_of_two, rms_norm, silu_mul
 from jitgraph.ops.linear_kernels import gemv_kernel, skinny_kernel
 from jitgraph.ops.pdl import PDL_TOKENS, pdl_options
+from jitgraph.ops.products import TunedProducts
 from jitgraph.ops.reference_linear import LinearScratch
 
 SKINNY_TOKENS = 16
@@ -44,11 +46,13 @@ def product_classes(chunk_tokens: int) -> tuple[int, ...]:
 class Products:
     """The products of a layer under one policy. Stateless: one instance serves all engines."""
 
-    def __init__(self, library: bool, vector: bool) -> None:
+    def __init__(self, library: bool, vector: bool, tuned: TunedProducts | None = None) -> None:
         """``library``: above ``SKINNY_TOKENS``, and for float32, cuBLAS does it. ``vector``: one token has a kernel of
-        its own. With neither, every count goes through one kernel and one order of summation."""
+        its own. With neither, every count goes through one kernel and one order of summation. ``tuned``: the library's
+        algorithms where its own choice is not the fastest."""
         self._library = library
         self._vector = vector
+        self._tuned = tuned
 
     def norm_linear(
         self,
@@ -68,7 +72,7 @@ class Products:
             return
         _norm(pending, residual, norm, eps, normed)
         if self._in_library(normed):
-            _library_linear(normed, weight, bias, out)
+            self._library_linear(normed, weight, bias, out)
         else:
             self._tiles(normed, weight, bias, None, out, scratch, gated=False)
 
@@ -88,7 +92,8 @@ class Products:
         elif not self._in_library(x):
             self._tiles(x, weight, bias, residual, residual, scratch, gated=False)
         elif bias is None:
-            torch.addmm(residual, x, weight.t(), out=residual)
+            if self._tuned is None or not self._tuned.product(x, weight, residual, add=True):
+                torch.addmm(residual, x, weight.t(), out=residual)
         else:
             torch.addmm(bias, x, weight.t(), out=hidden)
             return hidden
@@ -113,7 +118,7 @@ class Products:
             return
         _norm(pending, residual, norm, eps, normed)
         if self._in_library(normed):
-            _library_linear(normed, weight, bias, gate_up)
+            self._library_linear(normed, weight, bias, gate_up)
             silu_mul(gate_up, activated)
         else:
             self._tiles(normed, weight, bias, None, activated, scratch, gated=True)
@@ -124,6 +129,14 @@ class Products:
     def _in_library(self, x: torch.Tensor) -> bool:
         """float32 as well: tensor cores would round it, and plain arithmetic in a tile is slow."""
         return self._library and (x.shape[0] > SKINNY_TOKENS or x.dtype == torch.float32)
+
+    def _library_linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+    ) -> None:
+        if bias is not None:
+            torch.addmm(bias, x, weight.t(), out=out)
+        elif self._tuned is None or not self._tuned.product(x, weight, out, add=False):
+            torch.mm(x, weight.t(), out=out)
 
     def _tiles(
         self,
@@ -162,13 +175,6 @@ def _norm(
         rms_norm(residual, weight, eps, out)
     else:
         add_rms_norm(pending, residual, weight, eps, out)
-
-
-def _library_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    if bias is None:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.addmm(bias, x, weight.t(), out=out)
 
 
 def _gemv(

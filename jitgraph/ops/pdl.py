@@ -16,8 +16,8 @@ from jitgraph.jit.target import target_arch
 
 _FIRST_ARCH = 90
 PDL_TOKENS = 160
-"""Tokens of a step up to which it pays. Beyond, a kernel that begins early takes room from a matrix product that still
-runs: a step of 200 tokens is 1 % slower with it, one of 50 is 1.5 % faster (H200)."""
+"""Tokens of a step up to which it pays behind a matrix product. Beyond, a kernel that begins early takes room from the
+product that still runs: a step of 200 tokens is 1 % slower with it, one of 50 is 1.5 % faster (H200)."""
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -33,4 +33,12 @@ def pdl_options(tokens: int = 1) -> dict[str, Any]:
     the launch's attribute."""
     if tokens <= PDL_TOKENS and target_arch() >= _FIRST_ARCH:
         return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
+
+
+def pdl_options_before(tokens: int) -> dict[str, Any]:
+    """The same for a kernel whose successor is always launched so: it says when that one may be set up, whether or not
+    it follows a matrix product that it had better leave alone."""
+    if target_arch() >= _FIRST_ARCH:
+        return {"PDL": True, "launch_pdl": tokens <= PDL_TOKENS}
     return {"PDL": False}

@@ -16,6 +16,14 @@ import torch
 from jitgraph.ops.reference import add_rms_norm, rms_norm, silu_mul
 
 
+class ProductShape(NamedTuple):
+    """The products ``[T, K] @ [N, K].T`` of a model, added to their output or not."""
+
+    n: int
+    k: int
+    add: bool
+
+
 class LinearScratch(NamedTuple):
     """Workspace of products whose sum is split over programs.
 

@@ -8,15 +8,18 @@ matrix products, which cuBLAS does. ``jit-all``: Triton for those as well.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from jitgraph.config import interpreting
 from jitgraph.errors import DeviceError
 from jitgraph.ops import reference, reference_attention, reference_linear, reference_sampling
+
+if TYPE_CHECKING:
+    from jitgraph.ops.products import TunedProducts
 
 Op = Callable[..., Any]
 
@@ -100,6 +103,15 @@ def select_ops(flavour: str, device: torch.device, invariant: bool = False) -> O
     if flavour == "jit-all" and not invariant:
         chosen |= {name: getattr(linear, f"kernels_{name}") for name in ("norm_linear", "linear_add", "norm_gated")}
     return Ops(flavour=flavour, invariant=invariant, **chosen)
+
+
+def with_tuned_products(ops: Ops, tuned: TunedProducts) -> Ops:
+    """The same ops, but with matrix products by the algorithms that were measured to be the fastest."""
+    from jitgraph.ops.linear import Products
+
+    products = Products(library=True, vector=True, tuned=tuned)
+    names = ("norm_linear", "linear_add", "norm_gated")
+    return replace(ops, **{name: getattr(products, name) for name in names})
 
 
 def _implementations(module: ModuleType, names: list[str], invariant: bool) -> dict[str, Op]:

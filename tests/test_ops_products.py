@@ -1,0 +1,116 @@
+"""Measured algorithms: which counts are measured, that the result is kept and checked, and that products stay right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jitgraph.jit.disk_cache import DiskCache
+from jitgraph.ops import products
+from jitgraph.ops.linear import Products
+from jitgraph.ops.products import TUNED_TOKENS, TunedProducts, tune_products, tuned_points
+from jitgraph.ops.reference_linear import LinearScratch, ProductShape
+
+LEAST, MOST = 17, 96
+SHAPES = (ProductShape(512, 1024, False), ProductShape(1024, 512, True))
+
+
+@given(st.integers(1, 600), st.integers(1, 2000))
+def test_every_tuned_count_has_a_point_at_or_above_it(least: int, most: int) -> None:
+    points = tuned_points(least, most)
+    assert points == sorted(set(points))
+    for tokens in (least, (least + min(most, TUNED_TOKENS)) // 2, min(most, TUNED_TOKENS)):
+        if least <= tokens <= min(most, TUNED_TOKENS):
+            assert any(point >= tokens for point in points)
+    assert all(least <= point <= min(most, TUNED_TOKENS) for point in points)
+
+
+def test_on_the_cpu_there_is_nothing_to_tune(tmp_path: Path) -> None:
+    matrices = {SHAPES[0]: [torch.zeros(512, 1024, dtype=torch.float16)]}
+    assert tune_products(matrices, LEAST, MOST, DiskCache(tmp_path), lambda done, total: None) is None
+
+
+class _Recorder(TunedProducts):
+    """Says of each product whether it was asked for it, and takes only those of 32 tokens."""
+
+    def __init__(self) -> None:
+        super().__init__({}, torch.empty(0, dtype=torch.uint8))
+        self.asked: list[tuple[int, bool]] = []
+
+    def product(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, add: bool) -> bool:
+        self.asked.append((x.shape[0], add))
+        if x.shape[0] == 32:
+            out.fill_(7)
+            return True
+        return super().product(x, weight, out, add)
+
+
+@pytest.mark.parametrize("tokens", [32, 33])
+def test_products_ask_it_first_and_else_use_torch(tokens: int) -> None:
+    recorder = _Recorder()
+    ops = Products(library=True, vector=True, tuned=recorder)
+    x, weight = torch.randn(tokens, 24), torch.randn(16, 24)
+    residual = torch.randn(tokens, 16)
+    expected = torch.full_like(residual, 7) if tokens == 32 else residual + x @ weight.t()
+    scratch = LinearScratch(torch.zeros(1), torch.zeros(1, dtype=torch.int32))
+    assert ops.linear_add(x, weight, None, torch.empty(tokens, 16), residual, scratch) is None
+    torch.testing.assert_close(residual, expected)
+    assert recorder.asked == [(tokens, True)]
+
+
+# ------------------------------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.fixture
+def matrices(device: torch.device) -> Iterator[dict[ProductShape, list[torch.Tensor]]]:
+    torch.manual_seed(0)
+    yield {shape: [torch.randn(shape.n, shape.k, device=device).half() * 0.02 for _ in range(4)] for shape in SHAPES}
+
+
+@pytest.mark.gpu
+def test_tuned_products_are_right_and_the_same_in_a_graph_and_after_a_restart(
+    matrices: dict[ProductShape, list[torch.Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_LEAST_GAIN", -10.0)  # so that every point has an algorithm of ours
+    cache, told = DiskCache(tmp_path), []
+    tuned = tune_products(matrices, LEAST, MOST, cache, lambda done, total: told.append((done, total)))
+    assert tuned is not None and len(tuned) == len(SHAPES) * (MOST - LEAST + 1)
+    assert told[-1] == (told[-1][1], told[-1][1])
+    told.clear()
+    again = tune_products(matrices, LEAST, MOST, cache, lambda done, total: told.append((done, total)))
+    assert again is not None and not told, "measured although the result was on disk"
+    for shape, (weight, *_) in matrices.items():
+        for tokens in (LEAST, 32, 50, MOST):
+            x = torch.randn(tokens, shape.k, device=weight.device).half()
+            start = torch.randn(tokens, shape.n, device=weight.device).half()
+            expected = x.float() @ weight.float().t() + (start.float() if shape.add else 0)
+            out, other = start.clone(), start.clone()
+            assert tuned.product(x, weight, out, shape.add) and again.product(x, weight, other, shape.add)
+            torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=2e-2)
+            assert torch.equal(out, other)
+            graph, replayed = torch.cuda.CUDAGraph(), start.clone()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                tuned.product(x, weight, replayed, shape.add)
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(out, replayed)
+    x = torch.zeros(MOST + 1, SHAPES[0].k, device=x.device).half()
+    assert not tuned.product(x, matrices[SHAPES[0]][0], x.new_empty(MOST + 1, SHAPES[0].n), add=False)
+
+
+@pytest.mark.gpu
+def test_a_stored_algorithm_that_the_library_refuses_is_not_used(
+    matrices: dict[ProductShape, list[torch.Tensor]], tmp_path: Path
+) -> None:
+    cache = DiskCache(tmp_path)
+    tuning = products._Tuning(matrices, tuned_points(LEAST, MOST), torch.empty(2**20, dtype=torch.uint8, device="cuda"))
+    names = [products._name(shape, point) for shape in SHAPES for point in tuned_points(LEAST, MOST)]
+    tuning.store(cache, dict.fromkeys(names, "ff" * 64))
+    tuned = tune_products(matrices, LEAST, MOST, cache, lambda done, total: None)
+    assert tuned is not None and len(tuned) == 0
