@@ -70,7 +70,7 @@ class Products:
         if self._is_vector(residual) and pending is None:
             _gemv(residual, norm, eps, weight, bias, None, out, gated=False)
             return
-        _norm(pending, residual, norm, eps, normed)
+        _norm(pending, residual, norm, eps, normed, weight)
         if self._in_library(normed):
             self._library_linear(normed, weight, bias, out)
         else:
@@ -111,15 +111,16 @@ class Products:
         gate_up: torch.Tensor,
         activated: torch.Tensor,
         scratch: LinearScratch,
+        ahead: torch.Tensor | None = None,
     ) -> None:
         """activated = silu(gate) * up of the normed residual; see ``reference_linear.norm_gated``."""
         if self._is_vector(residual) and pending is None:
             _gemv(residual, norm, eps, weight, bias, None, activated, gated=True)
             return
-        _norm(pending, residual, norm, eps, normed)
+        _norm(pending, residual, norm, eps, normed, weight)
         if self._in_library(normed):
             self._library_linear(normed, weight, bias, gate_up)
-            silu_mul(gate_up, activated)
+            silu_mul(gate_up, activated, ahead)
         else:
             self._tiles(normed, weight, bias, None, activated, scratch, gated=True)
 
@@ -169,12 +170,17 @@ kernels_norm_gated = _KERNELS.norm_gated
 
 
 def _norm(
-    pending: torch.Tensor | None, residual: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor
+    pending: torch.Tensor | None,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    out: torch.Tensor,
+    ahead: torch.Tensor,
 ) -> None:
     if pending is None:
-        rms_norm(residual, weight, eps, out)
+        rms_norm(residual, weight, eps, out, ahead)
     else:
-        add_rms_norm(pending, residual, weight, eps, out)
+        add_rms_norm(pending, residual, weight, eps, out, ahead)
 
 
 def _gemv(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -20,16 +21,20 @@ from jitgraph.jit.driver import raw_stream
 from jitgraph.ops.cublaslt import Algorithm, CublasLtUnavailable, Product, cublaslt
 from jitgraph.ops.reference_linear import ProductShape
 
-TUNED_TOKENS = 512
+TUNED_TOKENS = 256
 """Most tokens that are tuned for; beyond, cuBLAS's first choice is as good."""
+_GRAIN = 8
+"""Tokens between two counts that are measured: the library's tiles come in such steps, and an algorithm that is good at
+160 tokens is bad at 150."""
 WORKSPACE_BYTES = 32 * 2**20
 """What cuBLAS itself has on this hardware."""
 _FORMAT = 1
 _CANDIDATES = 8  # the library knows no more for these shapes
 _SPLITS = (2, 3, 4)
+_SPLIT_FIRST = 3  # how many of the candidates are also tried with their sum split
 _FINALISTS = 3
 _SCREEN_LAYERS, _FINAL_LAYERS, _FINAL_ROUNDS = 6, 16, 3
-_LEAST_GAIN = 0.01
+_LEAST_GAIN = 0.02
 """Share of the first choice's time that another one must save: measurements scatter by about half of this."""
 _HEAD_START_CYCLES = 400_000  # the host launches all before the device begins
 
@@ -61,9 +66,8 @@ class TunedProducts:
 
 def tuned_points(least: int, most: int) -> list[int]:
     """Token counts that are measured, ascending; each stands for those between its predecessor and itself."""
-    counts = [*range(24, 129, 8), *range(144, 257, 16), *range(288, TUNED_TOKENS + 1, 32)]
     most = min(most, TUNED_TOKENS)
-    return [count for count in counts if least <= count < most] + ([most] if least <= most else [])
+    return [n for n in range(_GRAIN, most, _GRAIN) if n >= least] + ([most] if least <= most else [])
 
 
 def tune_products(
@@ -161,18 +165,21 @@ class _Tuning:
         x = torch.randn(tokens, shape.k, device=self._device).to(self._dtype)
         out = torch.zeros(tokens, shape.n, device=self._device, dtype=self._dtype)
         candidates = product.candidates(_CANDIDATES, WORKSPACE_BYTES)
-        splits = [product.split(one, parts) for one in candidates for parts in _SPLITS]
-        candidates += [one for one in splits if one is not None and one.workspace <= WORKSPACE_BYTES]
-        candidates = [one for one in dict.fromkeys(candidates) if self._right(product, x, matrices[0], out, one)]
         if not candidates:
             return None
+        splits = [product.split(one, parts) for one in candidates[:_SPLIT_FIRST] for parts in _SPLITS]
+        candidates += [one for one in splits if one is not None and one.workspace <= WORKSPACE_BYTES]
+        candidates = list(dict.fromkeys(candidates))
 
         def time(algorithm: Algorithm, layers: int) -> float:
             return self._time_us(product, x, matrices[:layers], out, shape.add, algorithm)
 
         first = candidates[0]
         screened = sorted((time(one, _SCREEN_LAYERS), index) for index, one in enumerate(candidates))
-        finalists = [candidates[index] for _, index in screened[:_FINALISTS]]
+        finalists = [candidates[index] for us, index in screened[:_FINALISTS] if us < math.inf]
+        finalists = [one for one in finalists if self._right(product, x, matrices[0], out, one)]
+        if not finalists:
+            return None
         rounds = [[time(one, _FINAL_LAYERS) for one in [first, *finalists]] for _ in range(_FINAL_ROUNDS)]
         first_us, *others = (min(times) for times in zip(*rounds, strict=True))
         fastest = min(range(len(others)), key=others.__getitem__)
@@ -181,11 +188,8 @@ class _Tuning:
     def _right(
         self, product: Product, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, algorithm: Algorithm
     ) -> bool:
-        """Whether the algorithm runs, and gives what torch gives but for rounding."""
-        try:
-            product.launch(x, weight, out, False, algorithm, self._workspace, self._stream)
-        except CublasLtUnavailable:
-            return False
+        """Whether the algorithm gives what torch gives but for rounding."""
+        product.launch(x, weight, out, False, algorithm, self._workspace, self._stream)
         expected = torch.mm(x, weight.t())
         scale = expected.abs().max().float()
         wrong = (out - expected).abs().max().float()
@@ -201,13 +205,16 @@ class _Tuning:
         add: bool,
         algorithm: Algorithm,
     ) -> float:
-        """Microseconds of one product, over several layers' matrices one after the other."""
+        """Microseconds of one product, over several layers' matrices one after the other; infinite if it fails."""
         out.zero_()  # sums of many products would leave the range of half floats
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda._sleep(_HEAD_START_CYCLES)
         begin.record()
-        for weight in matrices:
-            product.launch(x, weight, out, add, algorithm, self._workspace, self._stream)
+        try:
+            for weight in matrices:
+                product.launch(x, weight, out, add, algorithm, self._workspace, self._stream)
+        except CublasLtUnavailable:
+            return math.inf
         end.record()
         end.synchronize()
         return float(begin.elapsed_time(end)) / len(matrices) * 1e3
