@@ -31,8 +31,6 @@ from jitgraph.text.prompts import Prompt, as_prompts, token_ids
 from jitgraph.text.tokenizer import Tokenizer, bundled_tokenizer_folder
 from jitgraph.types import FinishReason, Request, RequestOutput, SamplingParams, TokenChunk
 
-_PLAIN = SamplingParams()
-
 
 class LLM:
     """A model ready to answer.
@@ -157,16 +155,7 @@ class LLM:
             live = Live(request, started)
             self._live[request.request_id] = live
             self._add_text(live)
-            if shot is not None:
-                self._rehearse(request)
         return Stream(self, live)
-
-    def _rehearse(self, request: Request) -> None:
-        """Takes a token that nobody sees, while the GPU works on the real one: after a pause this code has left the
-        processor's caches, and would cost the first token twice its time."""
-        rehearsed = Live(Request(0, request.prompt_token_ids, _PLAIN), 0)
-        self._add_text(rehearsed)
-        self._take(rehearsed, TokenChunk(0, request.prompt_token_ids[-1], 0))
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
         if not isinstance(prompt, str):

@@ -137,7 +137,7 @@ class _Pass:
         how = (spec.head_dim**-0.5, spec.layer_windows[index])
         if self._one_launch is not None:
             tokens = (batch.positions, batch.token_slot, self._slots)
-            self._one_launch(work.qkv, *tokens, self._decoder.rope, k_cache, v_cache, *how, work.attended, layer.o)
+            self._one_launch(work.qkv, *tokens, self._decoder.rope, k_cache, v_cache, *how, work.attended)
             return
         ops.rope_append(
             work.qkv,
@@ -152,7 +152,6 @@ class _Pass:
             v_cache,
             work.q,
             self._rolling,
-            layer.o,
         )
         where = (k_cache, v_cache, batch.positions, batch.token_slot, self._slots)
         if self._phase == "decode":
@@ -177,7 +176,6 @@ class _Pass:
             work.gate_up,
             work.activated,
             self._scratch,
-            layer.down,
         )
         self._pending = ops.linear_add(
             work.activated, layer.down, layer.down_bias, work.hidden, work.residual, self._scratch

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 
-from jitgraph.ops.ahead import ACTIVATION_BYTES, ATTENTION_BYTES, NORM_BYTES, ahead_arguments
 from jitgraph.ops.elementwise_kernels import (
     add_rms_norm_kernel,
     embed_kernel,
@@ -151,32 +150,23 @@ def embed(token_ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> No
     )
 
 
-def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor, ahead: torch.Tensor | None = None
-) -> None:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
     """out = x / sqrt(mean(x^2) + eps) * weight; see ``reference.rms_norm``."""
     assert_contiguous(x.dtype, x, weight, out)
     rows, width = x.shape
     block = next_power_of_two(width)
-    ahead, figures = ahead_arguments(ahead, NORM_BYTES, _row_warps(block))
-    rms_norm_kernel[(rows,)](x, weight, eps, out, ahead, D=width, BLOCK=block, **figures, **pdl_options(rows))
+    rms_norm_kernel[(rows,)](
+        x, weight, eps, out, D=width, BLOCK=block, num_warps=_row_warps(block), **pdl_options(rows)
+    )
 
 
-def add_rms_norm(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    out: torch.Tensor,
-    ahead: torch.Tensor | None = None,
-) -> None:
+def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
     """residual += x, then out = rms_norm(residual); see ``reference.add_rms_norm``."""
     assert_contiguous(x.dtype, x, residual, weight, out)
     rows, width = x.shape
     block = next_power_of_two(width)
-    ahead, figures = ahead_arguments(ahead, NORM_BYTES, _row_warps(block))
     add_rms_norm_kernel[(rows,)](
-        x, residual, weight, eps, out, ahead, D=width, BLOCK=block, **figures, **pdl_options(rows)
+        x, residual, weight, eps, out, D=width, BLOCK=block, num_warps=_row_warps(block), **pdl_options(rows)
     )
 
 
@@ -185,16 +175,15 @@ def _row_warps(block: int) -> int:
     return max(1, min(16, block // 256))
 
 
-def silu_mul(gate_up: torch.Tensor, out: torch.Tensor, ahead: torch.Tensor | None = None) -> None:
+def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
     """out = silu(gate) * up; see ``reference.silu_mul``."""
     assert_contiguous(gate_up.dtype, gate_up, out)
     rows, width = out.shape
     assert gate_up.shape == (rows, 2 * width)
     # Twice the work for a program where smaller ones would not all be resident at once.
     block = min(_COLUMN_BLOCK * (2 if rows > 128 else 1), next_power_of_two(width))
-    ahead, figures = ahead_arguments(ahead, ACTIVATION_BYTES, 4)
     silu_mul_kernel[(rows, ceil_div(width, block))](
-        gate_up, out, ahead, INTERMEDIATE=width, BLOCK=block, **figures, **pdl_options(rows)
+        gate_up, out, INTERMEDIATE=width, BLOCK=block, num_warps=4, **pdl_options(rows)
     )
 
 
@@ -211,7 +200,6 @@ def rope_append(
     v_cache: torch.Tensor,
     q_out: torch.Tensor,
     rolling: Rolling | None = None,
-    ahead: torch.Tensor | None = None,
 ) -> None:
     """Splits QKV, normalises and rotates q and k, appends k and v to the cache; see ``reference.rope_append``."""
     tokens, hq, dh = q_out.shape
@@ -228,7 +216,6 @@ def rope_append(
         assert_rolling(rolling, tokens, slots.pages_per_slot * page, dh)
         assert rope.cos_sin is rolling.cos_sin and not rope.dynamic_original
     heads, warps = _ROPE_TILE if tokens > 16 else (4, 2)
-    ahead, figures = ahead_arguments(ahead, ATTENTION_BYTES, warps)
     rope_append_kernel[(tokens, ceil_div(hq + 2 * hkv, heads))](
         qkv,
         qkv if q_norm is None else q_norm,  # never read without NORM
@@ -244,7 +231,6 @@ def rope_append(
         k_cache,
         v_cache,
         q_out,
-        ahead,
         SLOT_STRIDE=slots.stride,
         HQ=hq,
         HKV=hkv,
@@ -257,6 +243,6 @@ def rope_append(
         ROW_LAST=rolling is not None and rolling.sample_position.shape[0] > 1,
         BLOCK_H=heads,
         BLOCK_D=next_power_of_two(dh // 2),
-        **figures,
+        num_warps=warps,
         **pdl_options_before(tokens),
     )

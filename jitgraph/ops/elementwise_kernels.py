@@ -12,7 +12,6 @@ import triton.language as tl
 from jitgraph.jit.kernel import kernel
 from jitgraph.ops import inbox as words_of
 from jitgraph.ops import slots as columns
-from jitgraph.ops.ahead import fetch_ahead
 from jitgraph.ops.pdl import enter
 
 _ADMIT = tl.constexpr(words_of.ADMIT)
@@ -107,13 +106,7 @@ def _normalise(wide, weight, eps, D: tl.constexpr, dtype: tl.constexpr):
 
 
 @kernel
-def rms_norm_kernel(
-    x, weight, eps, out, ahead,
-    D: tl.constexpr, BLOCK: tl.constexpr,
-    AHEAD_ROWS: tl.constexpr, AHEAD_STRIDE: tl.constexpr, AHEAD_BYTES: tl.constexpr, THREADS: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    fetch_ahead(ahead, tl.program_id(0), tl.num_programs(0), AHEAD_ROWS, AHEAD_STRIDE, AHEAD_BYTES, THREADS)
+def rms_norm_kernel(x, weight, eps, out, D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     column = tl.arange(0, BLOCK)
     inside = column < D
     at = tl.program_id(0) * D + column
@@ -125,13 +118,7 @@ def rms_norm_kernel(
 
 
 @kernel
-def add_rms_norm_kernel(
-    x, residual, weight, eps, out, ahead,
-    D: tl.constexpr, BLOCK: tl.constexpr,
-    AHEAD_ROWS: tl.constexpr, AHEAD_STRIDE: tl.constexpr, AHEAD_BYTES: tl.constexpr, THREADS: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    fetch_ahead(ahead, tl.program_id(0), tl.num_programs(0), AHEAD_ROWS, AHEAD_STRIDE, AHEAD_BYTES, THREADS)
+def add_rms_norm_kernel(x, residual, weight, eps, out, D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     column = tl.arange(0, BLOCK)
     inside = column < D
     at = tl.program_id(0) * D + column
@@ -145,16 +132,9 @@ def add_rms_norm_kernel(
 
 
 @kernel
-def silu_mul_kernel(
-    gate_up, out, ahead,
-    INTERMEDIATE: tl.constexpr, BLOCK: tl.constexpr,
-    AHEAD_ROWS: tl.constexpr, AHEAD_STRIDE: tl.constexpr, AHEAD_BYTES: tl.constexpr, THREADS: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0)
-    program, programs = row * tl.num_programs(1) + tl.program_id(1), tl.num_programs(0) * tl.num_programs(1)
-    fetch_ahead(ahead, program, programs, AHEAD_ROWS, AHEAD_STRIDE, AHEAD_BYTES, THREADS)
+def silu_mul_kernel(gate_up, out, INTERMEDIATE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     enter(PDL)
+    row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < INTERMEDIATE
     at = gate_up + row * (2 * INTERMEDIATE) + column
@@ -192,19 +172,16 @@ def _head_weights(q_norm, k_norm, d, inside, is_q):
 @kernel
 def rope_append_kernel(
     qkv, q_norm, k_norm, eps, positions, token_slot, slots, cos_sin, sample_position, dynamic_base, dynamic_factor,
-    k_cache, v_cache, q_out, ahead,
+    k_cache, v_cache, q_out,
     SLOT_STRIDE: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, PAGE: tl.constexpr,
     NORM: tl.constexpr, DYNAMIC_ORIGINAL: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr,
     ROW_LAST: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
-    AHEAD_ROWS: tl.constexpr, AHEAD_STRIDE: tl.constexpr, AHEAD_BYTES: tl.constexpr, THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     # One token, BLOCK_H heads of q, k and v alike: v's rotation is the identity. a and b are the halves of a head.
-    token = tl.program_id(0)
-    program, programs = token * tl.num_programs(1) + tl.program_id(1), tl.num_programs(0) * tl.num_programs(1)
-    fetch_ahead(ahead, program, programs, AHEAD_ROWS, AHEAD_STRIDE, AHEAD_BYTES, THREADS)
     enter(PDL)
     HALF: tl.constexpr = DH // 2
+    token = tl.program_id(0)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
     d = tl.arange(0, BLOCK_D)
     inside = d < HALF

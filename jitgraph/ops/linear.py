@@ -70,7 +70,7 @@ class Products:
         if self._is_vector(residual) and pending is None:
             _gemv(residual, norm, eps, weight, bias, None, out, gated=False)
             return
-        _norm(pending, residual, norm, eps, normed, weight)
+        _norm(pending, residual, norm, eps, normed)
         if self._in_library(normed):
             self._library_linear(normed, weight, bias, out)
         else:
@@ -111,16 +111,15 @@ class Products:
         gate_up: torch.Tensor,
         activated: torch.Tensor,
         scratch: LinearScratch,
-        ahead: torch.Tensor | None = None,
     ) -> None:
         """activated = silu(gate) * up of the normed residual; see ``reference_linear.norm_gated``."""
         if self._is_vector(residual) and pending is None:
             _gemv(residual, norm, eps, weight, bias, None, activated, gated=True)
             return
-        _norm(pending, residual, norm, eps, normed, weight)
+        _norm(pending, residual, norm, eps, normed)
         if self._in_library(normed):
             self._library_linear(normed, weight, bias, gate_up)
-            silu_mul(gate_up, activated, ahead)
+            silu_mul(gate_up, activated)
         else:
             self._tiles(normed, weight, bias, None, activated, scratch, gated=True)
 
@@ -170,17 +169,12 @@ kernels_norm_gated = _KERNELS.norm_gated
 
 
 def _norm(
-    pending: torch.Tensor | None,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    out: torch.Tensor,
-    ahead: torch.Tensor,
+    pending: torch.Tensor | None, residual: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor
 ) -> None:
     if pending is None:
-        rms_norm(residual, weight, eps, out, ahead)
+        rms_norm(residual, weight, eps, out)
     else:
-        add_rms_norm(pending, residual, weight, eps, out, ahead)
+        add_rms_norm(pending, residual, weight, eps, out)
 
 
 def _gemv(

@@ -12,7 +12,6 @@ import torch
 
 from jitgraph.config import interpreting
 from jitgraph.jit.target import target_arch
-from jitgraph.ops.ahead import ATTENTION_BYTES, ahead_arguments
 from jitgraph.ops.elementwise import assert_contiguous, assert_slots, ceil_div, next_power_of_two
 from jitgraph.ops.pdl import PDL_TOKENS, pdl_options
 from jitgraph.ops.prefill_fused_kernels import rope_prefill_attention_kernel
@@ -66,7 +65,6 @@ def rope_prefill_attention(
     scale: float,
     window: int,
     out: torch.Tensor,
-    ahead: torch.Tensor | None = None,
 ) -> None:
     """Rotates, appends and attends; see ``reference_prefill.rope_prefill_attention``.
 
@@ -83,7 +81,6 @@ def rope_prefill_attention(
     assert dh % 2 == 0 and rope.cos_sin.shape[1] == dh and rope.cos_sin.shape[0] >= tokens
     assert not rope.dynamic_original, "frequencies that depend on the length are for rope_append"
     block_m, block_n, warps, stages = fused_tile(tokens, hq, dh, qkv.dtype)
-    ahead, figures = ahead_arguments(ahead, ATTENTION_BYTES, warps)
     rope_prefill_attention_kernel[(hq, ceil_div(tokens, block_m))](
         qkv,
         positions,
@@ -93,7 +90,6 @@ def rope_prefill_attention(
         k_cache,
         v_cache,
         out,
-        ahead,
         tokens,
         scale * math.log2(math.e),
         SLOT_STRIDE=slots.stride,
@@ -109,6 +105,6 @@ def rope_prefill_attention(
         PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
         WIDEN=qkv.dtype == torch.bfloat16 and interpreting(),
         STAGES=stages,
-        **figures,
+        num_warps=warps,
         **pdl_options(tokens),
     )

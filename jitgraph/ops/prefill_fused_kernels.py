@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from jitgraph.jit.kernel import kernel
-from jitgraph.ops.ahead import fetch_ahead
 from jitgraph.ops.attention_kernels import cell_offsets, dot, load_pages, load_vectors
 from jitgraph.ops.pdl import enter
 
@@ -126,15 +125,11 @@ def attend_cache(
 
 @kernel
 def rope_prefill_attention_kernel(
-    qkv, positions, token_slot, slots, cos_sin, k_cache, v_cache, out, ahead, tokens, scale_log2,
+    qkv, positions, token_slot, slots, cos_sin, k_cache, v_cache, out, tokens, scale_log2,
     SLOT_STRIDE: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_H: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr, STAGES: tl.constexpr,
-    AHEAD_ROWS: tl.constexpr, AHEAD_STRIDE: tl.constexpr, AHEAD_BYTES: tl.constexpr, THREADS: tl.constexpr,
-    PDL: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    program, programs = tl.program_id(1) * HQ + tl.program_id(0), tl.num_programs(1) * HQ
-    fetch_ahead(ahead, program, programs, AHEAD_ROWS, AHEAD_STRIDE, AHEAD_BYTES, THREADS)
     enter(PDL)
     WIDTH: tl.constexpr = (HQ + 2 * HKV) * DH
     GROUP: tl.constexpr = HQ // HKV

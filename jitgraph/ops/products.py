@@ -1,9 +1,9 @@
 """The fastest cuBLASLt algorithm for each product of a model, measured once per device and kept on disk.
 
-For the few tokens of a prompt cuBLAS's first choice is often not its fastest (``docs/log.md`` has the figures). The
-measurement goes over the matrices of several layers, as a step does, so that no cache is warmer than there. Its result
-lies in the disk cache, so that a device has the same bits from one start to the next; where the cache cannot be
-written, another start may choose otherwise, and rounding may differ.
+What torch gets from cuBLAS is often not its fastest for a prompt (``docs/log.md`` has the figures). The measurement goes
+over the matrices of several layers, as a step does, so that no cache is warmer than there. Its result lies in the disk
+cache, so that a device has the same bits from one start to the next; where the cache cannot be written, another start
+may choose otherwise, and rounding may differ.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -21,8 +22,8 @@ from jitgraph.jit.driver import raw_stream
 from jitgraph.ops.cublaslt import Algorithm, CublasLtUnavailable, Product, cublaslt
 from jitgraph.ops.reference_linear import ProductShape
 
-TUNED_TOKENS = 256
-"""Most tokens that are tuned for; beyond, cuBLAS's first choice is as good."""
+TUNED_TOKENS = 512
+"""Most tokens that are measured; a prompt's chunk is no longer by default."""
 _GRAIN = 8
 """Tokens between two counts that are measured: the library's tiles come in such steps, and an algorithm that is good at
 160 tokens is bad at 150."""
@@ -35,7 +36,7 @@ _SPLIT_FIRST = 3  # how many of the candidates are also tried with their sum spl
 _FINALISTS = 3
 _SCREEN_LAYERS, _FINAL_LAYERS, _FINAL_ROUNDS = 6, 16, 3
 _LEAST_GAIN = 0.02
-"""Share of the first choice's time that another one must save: measurements scatter by about half of this."""
+"""Share of torch's time that an algorithm must save: measurements scatter by about half of this."""
 _HEAD_START_CYCLES = 400_000  # the host launches all before the device begins
 
 
@@ -95,7 +96,7 @@ def tune_products(
 
 
 Codes = dict[str, str]
-"""``"N x K x T x add"`` to an algorithm's code in hexadecimal; only where it beats the library's first choice."""
+"""Shape and number of tokens (``_name``) to an algorithm's code in hexadecimal; only where it beats torch."""
 
 
 class _Tuning:
@@ -160,7 +161,7 @@ class _Tuning:
         return codes
 
     def _best(self, shape: ProductShape, matrices: Sequence[torch.Tensor], tokens: int) -> Algorithm | None:
-        """The fastest algorithm; None where the library's first choice is, or nearly is."""
+        """The fastest algorithm; None where torch is as fast, or nearly."""
         product = self._product(shape, tokens)
         x = torch.randn(tokens, shape.k, device=self._device).to(self._dtype)
         out = torch.zeros(tokens, shape.n, device=self._device, dtype=self._dtype)
@@ -171,19 +172,30 @@ class _Tuning:
         candidates += [one for one in splits if one is not None and one.workspace <= WORKSPACE_BYTES]
         candidates = list(dict.fromkeys(candidates))
 
-        def time(algorithm: Algorithm, layers: int) -> float:
-            return self._time_us(product, x, matrices[:layers], out, shape.add, algorithm)
+        def launch(algorithm: Algorithm, weight: torch.Tensor) -> None:
+            product.launch(x, weight, out, shape.add, algorithm, self._workspace, self._stream)
 
-        first = candidates[0]
+        def time(algorithm: Algorithm, layers: int) -> float:
+            return _time_us(partial(launch, algorithm), matrices[:layers], out)
+
+        def by_torch(weight: torch.Tensor) -> None:
+            if shape.add:
+                torch.addmm(out, x, weight.t(), out=out)
+            else:
+                torch.mm(x, weight.t(), out=out)
+
         screened = sorted((time(one, _SCREEN_LAYERS), index) for index, one in enumerate(candidates))
         finalists = [candidates[index] for us, index in screened[:_FINALISTS] if us < math.inf]
         finalists = [one for one in finalists if self._right(product, x, matrices[0], out, one)]
         if not finalists:
             return None
-        rounds = [[time(one, _FINAL_LAYERS) for one in [first, *finalists]] for _ in range(_FINAL_ROUNDS)]
-        first_us, *others = (min(times) for times in zip(*rounds, strict=True))
+        rounds = [
+            [_time_us(by_torch, matrices[:_FINAL_LAYERS], out), *(time(one, _FINAL_LAYERS) for one in finalists)]
+            for _ in range(_FINAL_ROUNDS)
+        ]
+        torch_us, *others = (min(times) for times in zip(*rounds, strict=True))
         fastest = min(range(len(others)), key=others.__getitem__)
-        return finalists[fastest] if others[fastest] < first_us * (1 - _LEAST_GAIN) else None
+        return finalists[fastest] if others[fastest] < torch_us * (1 - _LEAST_GAIN) else None
 
     def _right(
         self, product: Product, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, algorithm: Algorithm
@@ -196,28 +208,21 @@ class _Tuning:
         out.zero_()
         return bool(wrong <= 2e-2 * scale)
 
-    def _time_us(
-        self,
-        product: Product,
-        x: torch.Tensor,
-        matrices: Sequence[torch.Tensor],
-        out: torch.Tensor,
-        add: bool,
-        algorithm: Algorithm,
-    ) -> float:
-        """Microseconds of one product, over several layers' matrices one after the other; infinite if it fails."""
-        out.zero_()  # sums of many products would leave the range of half floats
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(_HEAD_START_CYCLES)
-        begin.record()
-        try:
-            for weight in matrices:
-                product.launch(x, weight, out, add, algorithm, self._workspace, self._stream)
-        except CublasLtUnavailable:
-            return math.inf
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) / len(matrices) * 1e3
+
+def _time_us(launch: Callable[[torch.Tensor], None], matrices: Sequence[torch.Tensor], out: torch.Tensor) -> float:
+    """Microseconds of one product, over several layers' matrices one after the other; infinite if it fails."""
+    out.zero_()  # sums of many products would leave the range of half floats
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(_HEAD_START_CYCLES)
+    begin.record()
+    try:
+        for weight in matrices:
+            launch(weight)
+    except CublasLtUnavailable:
+        return math.inf
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / len(matrices) * 1e3
 
 
 def _name(shape: ProductShape, tokens: int) -> str:

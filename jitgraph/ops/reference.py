@@ -186,7 +186,6 @@ def rope_append(
     v_cache: torch.Tensor,
     q_out: torch.Tensor,
     rolling: Rolling | None = None,
-    ahead: torch.Tensor | None = None,
 ) -> None:
     """Splits QKV, optionally RMS-normalises q and k per head, rotates both, and writes k and v into the paged cache.
 

@@ -109,7 +109,6 @@ def norm_gated(
     gate_up: torch.Tensor,
     activated: torch.Tensor,
     scratch: LinearScratch,
-    ahead: torch.Tensor | None = None,
     product: Product = linear,
 ) -> None:
     """residual += pending, if any; activated = silu(gate) * up, [gate, up] = rms_norm(residual) @ weight.T (+ bias).

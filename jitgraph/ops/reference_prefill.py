@@ -27,7 +27,6 @@ def rope_prefill_attention(
     scale: float,
     window: int,
     out: torch.Tensor,
-    ahead: torch.Tensor | None = None,
 ) -> None:
     """``rope_append`` without norms, then ``prefill_attention``, for a chunk of ONE sequence (that of token 0).
 
