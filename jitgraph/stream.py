@@ -6,7 +6,7 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from jitgraph.text.detokenize import IncrementalDetokenizer
 from jitgraph.types import FinishReason, Request, RequestOutput, Timings, TokenLogprobs
@@ -15,8 +15,7 @@ DETOKENIZER_TAIL = 64
 """Last prompt ids shown to the detokenizer: it needs the last 8 visible ones to know how the text continues."""
 
 
-@dataclass(frozen=True)
-class StreamChunk:
+class StreamChunk(NamedTuple):
     """One token's worth of a stream."""
 
     text: str

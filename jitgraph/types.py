@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from jitgraph.errors import RequestError
 
@@ -234,8 +234,7 @@ class TokenLogprobs:
     """(token id, log-probability), most likely first, as many as were asked for."""
 
 
-@dataclass(frozen=True)
-class TokenChunk:
+class TokenChunk(NamedTuple):
     """One engine step's news about one request. Times are ``time.perf_counter_ns`` of the engine's process."""
 
     request_id: int

@@ -19,9 +19,10 @@ from jitgraph.engine.express import Express, Shot
 from jitgraph.engine.flights import InFlight
 from jitgraph.engine.intake import Intake
 from jitgraph.engine.loops import Loops
+from jitgraph.engine.planner import Planner
 from jitgraph.engine.ready import Preparation, Progress, ReadyReport
 from jitgraph.engine.runner import Runner
-from jitgraph.engine.scheduler import LoopPlan, Plan, Scheduler, Sequence
+from jitgraph.engine.scheduler import Scheduler, Sequence
 from jitgraph.engine.sizing import Sizing, resolve_sizing
 from jitgraph.errors import ConfigError
 from jitgraph.graphs.capture import CapturedGraph, Capturer
@@ -86,6 +87,7 @@ class Engine:
         self.scheduler = Scheduler(config.max_streams, self.sizing.chunk_tokens, self.pages)
         self._sequences: dict[int, Sequence] = {}
         self._flights: deque[InFlight] = deque()
+        self._planner = Planner(self.runner, self.scheduler, self.intake, self._flights)
         self._news: list[TokenChunk] = []
         self._get_ready(program, tell)
 
@@ -182,10 +184,11 @@ class Engine:
         An interrupt while it waits for tokens changes nothing: the next call goes on. One in the middle of a launch
         ends all requests as cancelled (the next call says so) and leaves the engine ready for new ones.
         """
-        self.launch()
-        news, self._news = self._news, []
-        if news or not self._flights:
-            return news
+        if self._news or self._express.unbooked or not self._planner.looping_on():
+            self.launch()
+            news, self._news = self._news, []
+            if news or not self._flights:
+                return news
         with self._torch():
             return self._read()
 
@@ -195,7 +198,7 @@ class Engine:
             with self._torch():
                 self._forget_shot()
                 self._settle_loops()
-                while (plan := self._next_plan()) is not None:
+                while (plan := self._planner.next_plan()) is not None:
                     self._shadow.interrupt()
                     self._flights.append(self.runner.launch(plan))
         except BaseException:
@@ -205,30 +208,6 @@ class Engine:
     def _torch(self) -> AbstractContextManager[object]:
         """Where launching and reading are work for PyTorch; on a GPU a replay is not, and goes without."""
         return torch.inference_mode() if self.emulated else _NOTHING
-
-    def _next_plan(self) -> Plan | None:
-        """What to launch now, or None: loops go ahead of the host by two, single steps by one where that is free."""
-        looping = [flight for flight in self._flights if flight.loop]
-        if looping:
-            if not self.scheduler.alone(looping[0].sequences[0]):
-                self.runner.loops.call_off()  # somebody else wants to run
-            return None if self.runner.loops.called_off or len(looping) > 1 else self._loop_plan()
-        depth = 2 if self.runner.can_run_ahead() else 1
-        while (sequence := self.scheduler.admit()) is not None:
-            sequence.seed = self.intake.seed(sequence.request.params)
-        if (plan := self._loop_plan()) is not None:
-            return plan
-        return self.scheduler.next_plan() if len(self._flights) < depth else None
-
-    def _loop_plan(self) -> LoopPlan | None:
-        """The lone sequence's next loop, where it is alone and there is such a loop."""
-        sequence = self.scheduler.lone()
-        if sequence is None:
-            return None
-        kind = self.runner.loop_kind(sequence)
-        if kind not in self.runner.loops:
-            return None
-        return self.scheduler.plan_loop(sequence, self.runner.loops.steps(kind))
 
     def _read(self) -> list[TokenChunk]:
         """Waits for the oldest flight's next step and records it."""
@@ -301,7 +280,9 @@ class Engine:
         of its loops runs no step."""
         loops = [one for one in self._flights if one.loop]
         if loops and not self.runner.loops.called_off:
-            self._flights = deque(one for one in self._flights if not one.loop)
+            rest = [one for one in self._flights if not one.loop]
+            self._flights.clear()
+            self._flights.extend(rest)
             self.runner.rewind(flight.step if flight.loop else loops[0].first)
 
     def _logprobs(self, step: int, row: int, sequence: Sequence) -> TokenLogprobs | None:

@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from jitgraph.engine.scheduler import DecodePlan, LoopPlan, Plan, Sequence
 from jitgraph.graphs.key import GraphKey
 
 
-@dataclass
 class InFlight:
     """A launch whose tokens have not all been read."""
 
-    plan: Plan
-    key: GraphKey
-    first: int
-    """Number of its first step, which its record in the ring carries."""
-    count: int = 1
-    """Steps it runs at most; more than one in a loop."""
-    read: int = 0
-    """Steps whose tokens have been read."""
+    __slots__ = ("count", "first", "key", "loop", "plan", "read", "sequences")
+
+    def __init__(self, plan: Plan, key: GraphKey, first: int, count: int = 1) -> None:
+        self.plan = plan
+        self.key = key
+        self.first = first
+        """Number of its first step, which its record in the ring carries."""
+        self.count = count
+        """Steps it runs at most; more than one in a loop."""
+        self.read = 0
+        """Steps whose tokens have been read."""
+        self.loop = isinstance(plan, LoopPlan)
+        """Whether the device repeats the step by itself."""
+        self.sequences = _sequences(plan)
+        """Whose tokens its records hold, in row order; none for a chunk that does not end its prompt."""
 
     @property
     def step(self) -> int:
         """Number of the step to be read next."""
         return self.first + self.read
 
-    @property
-    def loop(self) -> bool:
-        """Whether the device repeats the step by itself."""
-        return isinstance(self.plan, LoopPlan)
 
-    @property
-    def sequences(self) -> tuple[Sequence, ...]:
-        """Whose tokens its records hold, in row order; none for a chunk that does not end its prompt."""
-        if isinstance(self.plan, DecodePlan):
-            return self.plan.sequences
-        return (self.plan.sequence,) * (1 if isinstance(self.plan, LoopPlan) else self.plan.emit)
+def _sequences(plan: Plan) -> tuple[Sequence, ...]:
+    if isinstance(plan, DecodePlan):
+        return plan.sequences
+    return (plan.sequence,) * (1 if isinstance(plan, LoopPlan) else plan.emit)

@@ -59,7 +59,8 @@ class RingReader:
 
     def tokens(self, step: int, rows: int) -> list[int]:
         """The tokens of a step that has been waited for, in row order."""
-        return [int(word & 0xFFFFFFFF) for word in self._ring[step % RING_DEPTH, :rows, RING_TOKEN]]
+        ring, at = self._ring, step % RING_DEPTH
+        return [ring.item(at, row, RING_TOKEN) & 0xFFFFFFFF for row in range(rows)]
 
     def logprobs(self, step: int, row: int, count: int) -> TokenLogprobs:
         """Log-probabilities of a row that has been waited for, with ``count`` alternatives."""

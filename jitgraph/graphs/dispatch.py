@@ -51,6 +51,9 @@ class Decision:
     """Why there was no better path: why the exact graph is missing, unless it is there."""
 
 
+_LOOPED = (Phase.DECODE, Path.LOOP)
+
+
 class Dispatcher:
     """Chooses among the store's ready graphs and counts its choices.
 
@@ -106,7 +109,7 @@ class Dispatcher:
 
     def looped(self) -> None:
         """One decode step ran inside a device-side loop, which nobody had to decide about."""
-        self.paths[Phase.DECODE, Path.LOOP] += 1
+        self.paths[_LOOPED] += 1
         self.reasons[Reason.LONE_STREAM] += 1
 
     def reset(self) -> None:

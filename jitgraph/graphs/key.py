@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
 class Phase(str, enum.Enum):
@@ -47,8 +47,7 @@ class Path(str, enum.Enum):
     """The device repeats the graph of a lone stream by itself; beside the ladder, for decoding alone."""
 
 
-@dataclass(frozen=True)
-class GraphKey:
+class GraphKey(NamedTuple):
     """All that is baked into a graph: two steps with the same key replay the same graph."""
 
     phase: Phase

@@ -1,9 +1,9 @@
 """The fastest cuBLASLt algorithm for each product of a model, measured once per device and kept on disk.
 
-What torch gets from cuBLAS is often not its fastest for a prompt (``docs/log.md`` has the figures). The measurement goes
-over the matrices of several layers, as a step does, so that no cache is warmer than there. Its result lies in the disk
-cache, so that a device has the same bits from one start to the next; where the cache cannot be written, another start
-may choose otherwise, and rounding may differ.
+What torch gets from cuBLAS is often not its fastest for a prompt (``docs/log.md`` has the figures). The measurement
+goes over the matrices of several layers, as a step does, so that no cache is warmer than there. Its result lies in the
+disk cache, so that a device has the same bits from one start to the next; where the cache cannot be written, another
+start may choose otherwise, and rounding may differ.
 """
 
 from __future__ import annotations
