@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from engine_cases import with_changes
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +19,6 @@ from jitgraph.graphs.loop_control import LOOP_STEPS
 from jitgraph.graphs.store import Store
 from jitgraph.graphs.store_records import State
 from jitgraph.lengths import Lengths, parse_lengths
-from jitgraph.model.spec import ModelSpec, RopeSpec
 from jitgraph.ops.inbox import ADMIT, COUNT, EMIT, HEADER, MAX_ROWS, ROWS, SLOT, START
 from jitgraph.ops.select import KernelWorkspace
 from jitgraph.ops.slots import SlotTable
@@ -212,28 +212,14 @@ def test_graphs_off_is_always_eager_and_says_so() -> None:
 
 # ------------------------------------------------------------------------------------------------------------ buffers
 
-SPEC = ModelSpec(
-    family="llama",
+SPEC = with_changes(
     vocab_size=50,
     hidden_size=24,
     intermediate_size=40,
-    num_layers=1,
     num_heads=3,
     num_kv_heads=1,
     head_dim=8,
-    rms_norm_eps=1e-5,
     max_position_embeddings=64,
-    rope=RopeSpec(),
-    qkv_bias=False,
-    o_bias=False,
-    mlp_bias=False,
-    qk_norm=False,
-    tie_embeddings=False,
-    layer_windows=(0,),
-    dtype="float32",
-    bos_token_id=None,
-    eos_token_ids=(),
-    pad_token_id=None,
 )
 
 
