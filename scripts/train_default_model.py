@@ -2,12 +2,13 @@
 
 Run from anywhere, with the bench extra installed: ``python scripts/train_default_model.py --output FOLDER``. It takes
 under nine minutes on one data-centre GPU; a run that was broken off goes on where its last checkpoint was
-(``--resume``). The same library, versions and device give the same data, order and start; the committed files are what
-counts. Written: the model as a Hugging Face folder, and ``training.json`` with data, loss curve, held-out perplexity and
-samples, from which ``docs/default_model.md`` is made.
+(``--resume``). The same library, versions and device give the same data, order and start; the committed files are
+what counts. Written: the model as a Hugging Face folder, and ``training.json`` with data, loss curve, held-out
+perplexity and samples, from which ``docs/default_model.md`` is made.
 
 Texts: every source file of the standard library (PSF-2.0) but tests; besides whole files, its functions and classes one
-by one, so that the model knows how one begins without a file around it. Files are held out by the hash of their path.
+by one, so that the model knows how one begins without a file around it. Files are held out by the hash of their path;
+the weights that are kept are those of the look with the least loss on them.
 """
 
 from __future__ import annotations
@@ -33,22 +34,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import LlamaConfig, LlamaForCausalLM
 
 BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
-SKIPPED_FOLDERS = {
-    "site-packages",
-    "dist-packages",
-    "test",
-    "tests",
-    "idle_test",
-    "__pycache__",
-    "lib2to3",
-    "turtledemo",
-}
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "turtledemo"}
 HELD_OUT_PER_MILLE = 30
 PROMPTS = (
     "def read_json(path):",
     "class Stack:\n",
     "import argparse\n\n\ndef main():",
-    "def fibonacci(n):",
+    "def is_prime(n):",
     "for line in",
 )
 
@@ -65,10 +57,10 @@ class Plan:
     kv_heads: int = 2
     context: int = 1024
     batch: int = 64
-    steps: int = 6000
+    steps: int = 3000
     peak_rate: float = 3e-3
     last_rate: float = 1e-4
-    warm_up: int = 300
+    warm_up: int = 200
     weight_decay: float = 0.1
     seed: int = 20261122
     starts: float = 0.3
@@ -216,6 +208,8 @@ class Training:
         self._optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type == "cuda")
         self.step = 0
         self.curve: list[dict[str, float]] = []
+        self.best: dict[str, torch.Tensor] = {}
+        """Weights of the look with the least loss on the held-out files."""
 
     def resume(self) -> None:
         """Goes on from the checkpoint, if there is one of the same plan."""
@@ -224,12 +218,13 @@ class Training:
             if state["plan"] == asdict(self.plan):
                 self.model.load_state_dict(state["model"])
                 self._optimiser.load_state_dict(state["optimiser"])
-                self.step, self.curve = state["step"], state["curve"]
+                self.step, self.curve, self.best = state["step"], state["curve"], state["best"]
 
     def save(self) -> None:
         """Writes the checkpoint, whole or not at all."""
         state = {"plan": asdict(self.plan), "model": self.model.state_dict()}
         state |= {"optimiser": self._optimiser.state_dict(), "step": self.step, "curve": self.curve}
+        state["best"] = self.best
         partial = self._checkpoint.with_suffix(".partial")
         torch.save(state, partial)
         partial.replace(self._checkpoint)
@@ -249,6 +244,8 @@ class Training:
             if self.step % max(1, self.plan.steps // 24) == 0 or self.step == self.plan.steps:
                 outside = held_out_loss(self.model, held_out, self.plan, self.device)
                 self.curve.append({"step": self.step, "train": loss.item(), "held_out": outside})
+                if outside == min(look["held_out"] for look in self.curve):
+                    self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
                 print(f"step {self.step}: loss {loss.item():.3f}, held out {outside:.3f}", file=sys.stderr, flush=True)
             elapsed = time.monotonic() - begun
             if elapsed > told + 2:
@@ -272,6 +269,7 @@ def write_model(folder: Path, model: LlamaForCausalLM, tokenizer: Tokenizer) -> 
     written.generation_config.do_sample = True
     written.generation_config.temperature, written.generation_config.top_p = 0.4, 0.95
     written.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # safetensors lets the owner alone read
     tokenizer.save(str(folder / "tokenizer.json"))
     special = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
@@ -283,11 +281,8 @@ def write_model(folder: Path, model: LlamaForCausalLM, tokenizer: Tokenizer) -> 
 def sample(model: LlamaForCausalLM, tokenizer: Tokenizer, prompt: str, device: torch.device, tokens: int = 120) -> str:
     """What the model writes after a prompt, greedily."""
     ids = torch.tensor([tokenizer.encode(prompt).ids], device=device)
-    out = (
-        model.to(device)
-        .float()
-        .generate(ids, max_new_tokens=tokens, do_sample=False, attention_mask=torch.ones_like(ids))
-    )
+    settings = {"max_new_tokens": tokens, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    out = model.to(device).float().generate(ids, **settings)
     return str(tokenizer.decode(out[0].tolist(), skip_special_tokens=True))
 
 
@@ -323,6 +318,7 @@ def main() -> int:
     if not training.run(corpus, held_out, options.minutes * 60):
         print("Time is up: run again with --resume.", file=sys.stderr)
         return 3
+    model.load_state_dict(training.best)
     loss = held_out_loss(model, held_out, plan, device)
     written = write_model(options.output, model, tokenizer)
     digest = hashlib.sha256("".join(f"{name}\0{text}\0" for name, text in files).encode()).hexdigest()
