@@ -1,4 +1,4 @@
-"""The command line: generate, chat, export, bench, report, collect-env. Heavy imports happen inside the commands.
+"""The command line: generate, chat, serve, engine, export, bench, report, collect-env. Heavy imports inside commands.
 
 Text goes to standard output, everything about it (progress, timings) to standard error. A ``JitgraphError`` prints its
 sentence and exits with 2, Ctrl-C exits with 130.
@@ -18,7 +18,24 @@ from rich.console import Console
 
 from jitgraph import __version__
 from jitgraph.bench.cli import bench, report
+from jitgraph.cli_collect_env import collect_env
+from jitgraph.cli_engine import engine
+from jitgraph.cli_options import (
+    BatchInvariant,
+    ContextLength,
+    Device,
+    Dtype,
+    KVMemory,
+    KVWindow,
+    MaxGraphs,
+    Model,
+    Precapture,
+    Strict,
+    Weights,
+    WeightSeed,
+)
 from jitgraph.cli_progress import progress_reporter
+from jitgraph.cli_serve import serve
 from jitgraph.errors import ConfigError, JitgraphError, RequestError
 from jitgraph.types import FinishReason, RequestOutput, SamplingParams
 
@@ -34,20 +51,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[str, typer.Argument(help="Checkpoint folder, hub id or preset; `tiny` needs no download.")]
-Weights = Annotated[str, typer.Option(help="`checkpoint`, or `random` for a preset's seeded random weights.")]
-Device = Annotated[str, typer.Option(help="`auto`, `cuda`, `cuda:1` or `cpu`.")]
-Dtype = Annotated[str, typer.Option(help="`auto`, `float16`, `bfloat16` or `float32`.")]
-ContextLength = Annotated[int | None, typer.Option("--max-model-len", help="Most tokens of prompt and output.")]
-KVMemory = Annotated[str | None, typer.Option("--kv-cache-memory", help="KV cache budget, for example 4GiB.")]
-Strict = Annotated[bool, typer.Option("--strict", help="Fail rather than compile a kernel after ready.")]
-KVWindow = Annotated[
-    int | None, typer.Option("--kv-window", help="Tokens a stream keeps in the KV cache, for streams without an end.")
-]
-BatchInvariant = Annotated[bool, typer.Option("--batch-invariant", help="Same bits whatever else runs; slower.")]
-Precapture = Annotated[str, typer.Option(help="Prompt lengths with a graph from the start: 1-50,64.")]
-MaxGraphs = Annotated[int, typer.Option(help="Most graphs at any time.")]
-WeightSeed = Annotated[int, typer.Option("--weights-seed", help="Seed of random weights.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Most tokens to generate (default 128).")]
 MinTokens = Annotated[int | None, typer.Option(help="No stop before this many tokens.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy (default: the model's own setting).")]
@@ -219,15 +222,9 @@ def export(
     _note(f"{preset} with random weights (seed {seed}, {dtype}) is in {folder}")
 
 
-@app.command("collect-env")
-def collect_env() -> None:
-    """Print what a bug report needs: hardware, driver, versions."""
-    from jitgraph.bench.environment import collect_environment
-    from jitgraph.model.device import resolve_device
-
-    typer.echo(json.dumps(collect_environment(str(resolve_device("auto"))), indent=2, default=str))
-
-
+app.command(name="collect-env")(collect_env)
+app.command(name="engine")(engine)
+app.command(name="serve")(serve)
 app.command(name="bench")(bench)
 app.command(name="report")(report)
 

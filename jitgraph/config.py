@@ -23,6 +23,8 @@ GRAPH_SCOPES = ("step", "static")
 ENVIRONMENT = {
     "JITGRAPH_CACHE": "folder of compiled kernels (default: $XDG_CACHE_HOME/jitgraph or ~/.cache/jitgraph)",
     "XDG_CACHE_HOME": "the user's cache folder, where JITGRAPH_CACHE is not set",
+    "XDG_RUNTIME_DIR": "the user's folder for sockets; where it is not set, a private one below the temporary folder",
+    "JITGRAPH_API_KEY": "key that clients of `jitgraph serve` must show, where --api-key is not given",
     "TRITON_INTERPRET": "1 runs Triton's kernels in its CPU interpreter, for tests",
     "JITGRAPH_PYTHON": "read by the shell scripts: the Python whose environment they use instead of making .venv",
     "HF_HOME": "read by huggingface_hub: where downloaded checkpoints live",
@@ -39,6 +41,31 @@ def cache_dir() -> str:
         return explicit
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return os.path.join(base, "jitgraph")
+
+
+def runtime_base() -> str | None:
+    """The user's folder for sockets (``XDG_RUNTIME_DIR``); None where there is none."""
+    return os.environ.get("XDG_RUNTIME_DIR") or None
+
+
+def server_api_key() -> str | None:
+    """The key that clients of the server must show, from ``JITGRAPH_API_KEY``; None where it is not set or empty."""
+    return os.environ.get("JITGRAPH_API_KEY") or None
+
+
+def engine_environment() -> dict[str, str]:
+    """The environment of an engine process: this one's without the server's key, which is no business of an engine."""
+    return {name: value for name, value in os.environ.items() if name != "JITGRAPH_API_KEY"}
+
+
+def environment_settings() -> dict[str, str]:
+    """The variables of ``ENVIRONMENT`` that are set, for reports: of a secret, only that it is."""
+    secret = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+    return {
+        name: "(set)" if any(word in name for word in secret) else os.environ[name]
+        for name in ENVIRONMENT
+        if name in os.environ
+    }
 
 
 def interpreting() -> bool:
@@ -100,6 +127,14 @@ class EngineConfig:
     """Tokens in a KV page: a power of two from 8 to 128."""
     prefill_buckets: tuple[int, ...] = DEFAULT_PREFILL_BUCKETS
     """Prompt sizes with a graph, ascending, cut to the context; the last one is the chunk size of longer prompts."""
+    prefill_chunk_running: int = 128
+    """Most prompt tokens of one step while other streams decode, rounded down to a bucket: what a token of theirs may
+    have to wait for. Up to about this size a step takes little longer than a decode step, since both read all weights
+    once. With nobody decoding, chunks are of the largest bucket."""
+    prefix_cache: bool = True
+    """Keep the KV pages of requests that have ended, for prompts that begin alike. Memory that requests need is taken
+    from them, oldest first. Without ``batch_invariant`` a prompt that is found may differ by rounding from one that is
+    computed. Nothing is kept with ``kv_window``, nor for models whose rotation depends on the prompt's length."""
     precapture_lengths: Lengths = ()
     """Prompt lengths that get a graph of their own at start besides the buckets: numbers, ranges such as ``"1-50"``."""
     max_graphs: int = 50
@@ -135,12 +170,14 @@ class EngineConfig:
         listed = isinstance(value, (list, tuple)) and all(_is_whole(n) for n in value)
         self._require(listed, f"prefill_buckets must be a list of whole numbers, not {value!r}")
         object.__setattr__(self, "prefill_buckets", tuple(value))
-        for name in ("max_model_len", "kv_window", "kv_sinks", "max_streams", "page_size", "max_graphs"):
+        whole = ("max_model_len", "kv_window", "kv_sinks", "max_streams", "page_size", "max_graphs")
+        for name in (*whole, "prefill_chunk_running"):
             value = getattr(self, name)
             optional = name in ("max_model_len", "kv_window") and value is None
             self._require(optional or _is_whole(value), f"{name} must be a whole number, not {value!r}")
         switches = (
-            "graphs", "fused_sampling", "strict", "rolling", "device_loop", "batch_invariant", "tune_products"
+            "graphs", "fused_sampling", "strict", "rolling", "device_loop", "batch_invariant", "tune_products",
+            "prefix_cache",
         )  # fmt: skip
         for name in switches:
             value = getattr(self, name)
@@ -156,6 +193,8 @@ class EngineConfig:
         self._require(
             list(buckets) == sorted(set(buckets)), f"prefill_buckets must ascend without repeats, not {buckets}"
         )
+        limit = self.prefill_chunk_running
+        self._require(limit >= 1, f"prefill_chunk_running must be at least 1, not {limit}")
         scopes = ", ".join(GRAPH_SCOPES)
         known = self.graph_scope in GRAPH_SCOPES
         self._require(known, f"graph_scope must be one of {scopes}, not {self.graph_scope!r}")

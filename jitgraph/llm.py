@@ -6,7 +6,6 @@ share steps, whoever asks first.
 
 from __future__ import annotations
 
-import resource
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,19 +16,17 @@ import torch
 
 from jitgraph.config import EngineConfig
 from jitgraph.engine.engine import Engine
+from jitgraph.engine.opening import open_engine
+from jitgraph.engine.report import counters, describe
 from jitgraph.errors import CheckpointError, ConfigError, RequestError
-from jitgraph.graphs.key import Path as StepPath
-from jitgraph.graphs.key import Phase, Sampling
 from jitgraph.idle import IdleThread
 from jitgraph.locks import FairLock
-from jitgraph.model.device import resolve_device
-from jitgraph.model.generation import generation_defaults
-from jitgraph.model.loader import LoadedModel, load_model
-from jitgraph.stream import DETOKENIZER_TAIL, Live, Stream, StreamChunk
+from jitgraph.model.loader import LoadedModel
+from jitgraph.stream import DETOKENIZER_TAIL, Live, Stream
 from jitgraph.text.detokenize import IncrementalDetokenizer
-from jitgraph.text.prompts import Prompt, as_prompts, token_ids
-from jitgraph.text.tokenizer import Tokenizer, bundled_tokenizer_folder
-from jitgraph.types import FinishReason, Request, RequestOutput, SamplingParams, TokenChunk
+from jitgraph.text.prompts import Prompt, as_params, as_prompts, token_ids
+from jitgraph.text.tokenizer import Tokenizer, find_tokenizer
+from jitgraph.types import FinishReason, Grammar, Request, RequestOutput, SamplingParams
 
 
 class LLM:
@@ -39,6 +36,8 @@ class LLM:
     ``tiny``); presets other than ``tiny`` need ``weights="random"``. Further keyword arguments are the fields of
     ``jitgraph.config.EngineConfig``. ``progress(phase, done, total)`` hears about loading, warming up and capturing.
 
+    ``isolated=True`` runs the engine in a process of its own: see ``jitgraph.llm_isolated``.
+
     While it captures graphs, other code of this process must not wait for the whole GPU (``torch.cuda.synchronize``):
     CUDA refuses that as long as any stream is being captured. Streams and events may be waited for. ``settle`` returns
     when nothing is left to capture, and ``rolling=False`` captures nothing after the start.
@@ -47,38 +46,54 @@ class LLM:
         CheckpointError, ConfigError, CapacityError, DeviceError: one sentence that says what to do.
     """
 
+    def __new__(cls, *_: Any, isolated: bool = False, **__: Any) -> LLM:
+        """An ``IsolatedLLM`` where one is asked for."""
+        if not isinstance(isolated, bool):
+            raise ConfigError(f"isolated must be true or false, not {isolated!r}")
+        if not isolated or cls is not LLM:
+            return super().__new__(cls)
+        from jitgraph.llm_isolated import IsolatedLLM
+
+        return super().__new__(IsolatedLLM)
+
     def __init__(
         self,
         model: str | Path = "tiny",
         *,
+        isolated: bool = False,
         weights: str = "checkpoint",
         seed: int = 0,
         progress: Callable[[str, int, int], None] | None = None,
         **settings: Any,
     ) -> None:
-        config = EngineConfig(**settings)
-        device = resolve_device(config.device)
-        started = time.perf_counter()
-        loaded: LoadedModel = load_model(
-            str(model), device=device, dtype=config.dtype, weights=weights, seed=seed, progress=progress
+        if isolated:
+            raise ConfigError(f"isolated=True is for LLM itself, not for its subclass {type(self).__name__}")
+        opened = open_engine(
+            model,
+            config=EngineConfig(**settings),
+            weights=weights,
+            seed=seed,
+            progress=progress,
+            on_loaded=self._take_tokenizer,
         )
-        load_ms = (time.perf_counter() - started) * 1e3
-        self.name = loaded.name
-        self.spec = loaded.spec
-        self.device = device
-        self._tokenizer = _find_tokenizer(loaded.folder)
-        defaults = generation_defaults(loaded.generation_config, f"{loaded.name}: generation_config.json")
-        self._default_params = defaults.params
-        self.unsupported_defaults = defaults.unsupported
+        self.name = opened.name
+        self.spec = opened.spec
+        self.device = opened.device
+        self._default_params = opened.default_params
+        self.unsupported_defaults = opened.unsupported_defaults
         """Settings of ``generation_config.json`` that this engine does not have, as ``name value``."""
         self._lock = FairLock()
         self._live: dict[int, Live] = {}
         self.abandoned: deque[Live] = deque()
         self._next_id = 0
-        self._running: Engine | None = Engine(loaded.spec, loaded.weights, config, loaded.spec.eos_token_ids, progress)
-        self._ready_ms = {"load": load_ms, **self._running.ready.phases_ms}
+        self._running: Engine | None = opened.engine
+        self._ready_ms = opened.phases_ms
         self._idle = IdleThread(self._work_while_idle)
         self._idle.wake()
+
+    def _take_tokenizer(self, loaded: LoadedModel) -> None:
+        """A damaged one is found before the engine is built, which takes long."""
+        self._tokenizer = find_tokenizer(loaded.folder)
 
     @property
     def _engine(self) -> Engine:
@@ -104,22 +119,29 @@ class LLM:
         return self._default_params
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        grammar: Grammar | None = None,
+        prompt_logprobs: int | None = None,
     ) -> list[RequestOutput]:
         """Answers every prompt (a text, a list of token ids, or a list of either), in order.
 
         ``params`` serve all prompts, or are one per prompt; None takes ``default_params``. Up to ``max_streams``
-        prompts run at once, the rest wait.
+        prompts run at once, the rest wait. ``grammar`` is what every answer must look like. ``prompt_logprobs`` asks
+        for the log-probabilities of the prompts' own tokens, with so many alternatives.
 
         Raises:
-            RequestError, CapacityError: a prompt that cannot be answered; then nothing runs.
+            RequestError, CapacityError: a prompt that cannot be answered, or a grammar that does not compile; then
+                nothing runs.
         """
         batch = as_prompts(prompts)
-        each = _as_params(params, len(batch), self.default_params())
+        each = as_params(params, len(batch), self.default_params())
         requests = [(self._encode(prompt), one) for prompt, one in zip(batch, each, strict=True)]
         live: list[Live] = []
         with self._lock:
-            for one in [self._make(ids, one) for ids, one in requests]:
+            for one in [self._make(ids, one, grammar, prompt_logprobs) for ids, one in requests]:
                 self._submit(one)
                 live.append(one)
             self._engine.launch()
@@ -132,10 +154,17 @@ class LLM:
             self.forget(live)
         return [one.output() for one in live]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
-        """Answers one prompt token by token.
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        grammar: Grammar | None = None,
+        prompt_logprobs: int | None = None,
+    ) -> Stream:
+        """Answers one prompt token by token; arguments and errors are those of ``generate``.
 
-        The request is handed over at the call, not at the first ``next``. Raises as ``generate`` does.
+        The request is handed over at the call, not at the first ``next``.
         """
         started = time.perf_counter_ns()
         params = params or self._default_params
@@ -143,9 +172,10 @@ class LLM:
         if params.stop:
             self.tokenizer  # noqa: B018 - without one there is no text to look for them in, and this says so
         with self._lock:
-            shot = self._engine.fire(ids, params)  # the GPU works from here on, if it was idle
+            plain = grammar is None and prompt_logprobs is None
+            shot = self._engine.fire(ids, params) if plain else None  # the GPU works from here on, if it was idle
             self._next_id += 1
-            request = Request(self._next_id, token_ids(ids), params)
+            request = Request(self._next_id, token_ids(ids), params, grammar=grammar, prompt_logprobs=prompt_logprobs)
             if shot is not None:
                 self._engine.book(request, shot)
             else:
@@ -164,11 +194,13 @@ class LLM:
             raise RequestError("the prompt is empty: give at least one character")
         return tuple(self.tokenizer.encode(prompt))
 
-    def _make(self, ids: tuple[int, ...], params: SamplingParams) -> Live:
+    def _make(
+        self, ids: tuple[int, ...], params: SamplingParams, grammar: Grammar | None, prompt_logprobs: int | None
+    ) -> Live:
         """A request that is valid but not handed over yet. The caller holds the lock."""
         started = time.perf_counter_ns()
         self._next_id += 1
-        request = Request(self._next_id, ids, params)
+        request = Request(self._next_id, ids, params, grammar=grammar, prompt_logprobs=prompt_logprobs)
         self._engine.validate(request)
         if params.stop:
             self.tokenizer  # noqa: B018 - without one there is no text to look for them in, and this says so
@@ -239,89 +271,25 @@ class LLM:
             for chunk in self._engine.step():
                 live = self._live.get(chunk.request_id)
                 if live is not None:
-                    self._take(live, chunk)
+                    if live.take(chunk):
+                        self._engine.cancel(chunk.request_id, FinishReason.STOP)
                     if live.finish_reason is not None:
                         del self._live[chunk.request_id]
-
-    def _take(self, live: Live, chunk: TokenChunk) -> None:
-        """Adds a token to its request: text, times, stop strings."""
-        if chunk.token_id is None:
-            live.finish_reason = chunk.finish_reason
-            return
-        live.times_ns.append(chunk.time_ns)
-        live.token_ids.append(chunk.token_id)
-        if chunk.logprobs is not None:
-            live.logprobs.append(chunk.logprobs)
-        text, reason = "", chunk.finish_reason
-        if live.detokenizer is not None:
-            text = live.detokenizer.push(chunk.token_id)
-            if live.detokenizer.stopped:
-                reason = FinishReason.STOP
-                self._engine.cancel(chunk.request_id, reason)
-            elif reason is not None:
-                text += live.detokenizer.finish()
-        live.finish_reason = reason
-        live.pending.append(StreamChunk(text, chunk.token_id, chunk.time_ns, reason, chunk.logprobs))
 
     # -------------------------------------------------------------------------------------------------------- report
 
     def describe(self) -> dict[str, Any]:
         """Model, device, dtype, kernels and sizes, for reports."""
-        engine = self._engine
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        return {
-            "model": self.name,
-            "device": name,
-            "dtype": str(engine.dtype).removeprefix("torch."),
-            "ops": engine.ops.flavour,
-            "kernels": engine.ops.describe(),
-            "emulated": engine.emulated,
-            "graphs": engine.config.graphs,
-            "graph_scope": engine.config.graph_scope,
-            "batch_invariant": engine.config.batch_invariant,
-            "device_loop": [kind.value for kind in (Sampling.GREEDY, Sampling.FULL) if kind in engine.runner.loops],
-            "kv_window": engine.config.kv_window,
-            "fused_sampling": engine.config.fused_sampling,
-            "max_model_len": engine.sizing.max_model_len if engine.sizing.window is None else None,
-            "kv_cache_bytes": engine.cache.data.nbytes,
-            "arena_bytes": engine.buffers.arena.nbytes,
-        }
+        return describe(self.name, self._engine)
 
     def stats(self) -> dict[str, Any]:
         """Which path steps took and why, compiles on the request path (all since ready or ``reset_stats``), and
         sizes."""
-        engine, paths = self._engine, self._engine.dispatcher.paths
-        store = engine.store.counters
-        by_phase = {phase: {path.value: count for (p, path), count in paths.items() if p is phase} for phase in Phase}
-        total = {path.value: 0 for path in StepPath}
-        for counts in by_phase.values():
-            for path, count in counts.items():
-                total[path] += count
-        cuda = self.device.type == "cuda"
+        engine = self._engine
         return {
-            "paths": total,
-            "prefill_paths": by_phase[Phase.PREFILL],
-            "decode_paths": by_phase[Phase.DECODE],
-            "reasons": {reason.name.lower(): count for reason, count in engine.dispatcher.reasons.items()},
-            "steps": engine.runner.steps,
-            "launches": engine.runner.launches,
-            "loops": engine.runner.loops.launched,
-            "loop_reasons": {reason.name.lower(): count for reason, count in engine.runner.loops.reasons.items()},
-            "ready_graphs": len(engine.store.ready_keys),
-            "graph_bytes": engine.store.budget.nbytes,
-            "captures": store.captures,
-            "recaptures": store.recaptures,
-            "evictions": store.evictions,
-            "captures_abandoned": store.abandoned,
-            "capture_failures": dict(store.failures),
-            "thrash_alarms": store.thrash_alarms,
-            "compiles_after_ready": engine.compiles_after_ready,
+            **counters(engine),
             "graphs_left_out": [str(key) for key in engine.ready.left_out],
-            "capture_pool_bytes": engine.ready.pool_bytes,
-            "capture_reserved_growth_bytes": engine.ready.reserved_growth_bytes,
             "ready_ms": dict(self._ready_ms),
-            "free_pages": engine.pages.free,
-            "peak_memory_bytes": torch.cuda.max_memory_allocated(self.device) if cuda else _peak_rss_bytes(),
         }
 
     def reset_stats(self) -> None:
@@ -351,29 +319,3 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _find_tokenizer(folder: Path | None) -> Tokenizer | None:
-    """The folder's tokenizer, the bundled one for presets, None for a checkpoint that comes without any."""
-    if folder is None:
-        return Tokenizer.from_folder(bundled_tokenizer_folder())
-    known = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    if not any((folder / name).exists() for name in known):
-        return None
-    return Tokenizer.from_folder(folder)
-
-
-def _as_params(
-    params: SamplingParams | Sequence[SamplingParams] | None, count: int, default: SamplingParams
-) -> list[SamplingParams]:
-    if params is None:
-        return [default] * count
-    if isinstance(params, SamplingParams):
-        return [params] * count
-    if len(params) != count:
-        raise RequestError(f"{len(params)} sampling parameters for {count} prompts: give one, or one for each prompt")
-    return list(params)
-
-
-def _peak_rss_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

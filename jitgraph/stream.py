@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 from jitgraph.text.detokenize import IncrementalDetokenizer
-from jitgraph.types import FinishReason, Request, RequestOutput, Timings, TokenLogprobs
+from jitgraph.types import FinishReason, PromptLogprobs, Request, RequestOutput, Timings, TokenChunk, TokenLogprobs
 
 DETOKENIZER_TAIL = 64
 """Last prompt ids shown to the detokenizer: it needs the last 8 visible ones to know how the text continues."""
@@ -22,9 +22,11 @@ class StreamChunk(NamedTuple):
     """New text, safe to show: never half a character, never the beginning of a stop string."""
     token_id: int
     time_ns: int
-    """``time.perf_counter_ns`` at which the host read the token."""
+    """``time.perf_counter_ns`` at which the engine's process read the token."""
     finish_reason: FinishReason | None = None
     logprobs: TokenLogprobs | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    """With the first token, if asked for."""
 
 
 @dataclass
@@ -39,6 +41,37 @@ class Live:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     times_ns: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    cached_tokens: int = 0
+    prompt_logprobs: PromptLogprobs | None = None
+
+    def take(self, chunk: TokenChunk, seen_ns: int | None = None) -> bool:
+        """Adds a token: text, times, stop strings. ``seen_ns`` is when this process had it, where the engine's is
+        another.
+
+        Returns:
+            Whether a stop string ended the request, so that the engine must be told.
+        """
+        if chunk.token_id is None:
+            self.finish_reason = chunk.finish_reason
+            return False
+        if not self.token_ids:
+            self.cached_tokens, self.prompt_logprobs = chunk.cached_tokens, chunk.prompt_logprobs
+        self.times_ns.append(seen_ns or chunk.time_ns)
+        self.token_ids.append(chunk.token_id)
+        if chunk.logprobs is not None:
+            self.logprobs.append(chunk.logprobs)
+        text, reason, stopped = "", chunk.finish_reason, False
+        if self.detokenizer is not None:
+            text = self.detokenizer.push(chunk.token_id)
+            if self.detokenizer.stopped:
+                stopped, reason = reason is None, FinishReason.STOP
+            elif reason is not None:
+                text += self.detokenizer.finish()
+        if reason is not None:
+            self.finish_reason = reason
+        scores = chunk.prompt_logprobs
+        self.pending.append(StreamChunk(text, chunk.token_id, chunk.time_ns, reason, chunk.logprobs, scores))
+        return stopped
 
     def output(self) -> RequestOutput:
         """Everything at the end of the request."""
@@ -55,6 +88,8 @@ class Live:
             finish_reason=self.finish_reason,
             timings=Timings(ttft, gaps, latency),
             logprobs=tuple(self.logprobs) if self.request.params.logprobs is not None else None,
+            cached_tokens=self.cached_tokens,
+            prompt_logprobs=self.prompt_logprobs,
         )
 
 
@@ -97,6 +132,11 @@ class Stream:
     def finish_reason(self) -> FinishReason | None:
         """Why the request ended; None while it runs."""
         return self._live.finish_reason
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that were in the cache already; known with the first token."""
+        return self._live.cached_tokens
 
     def close(self) -> None:
         """Cancels the request if it still runs. May be called more than once."""

@@ -33,6 +33,9 @@ MAX_PENALTY = 2.0
 """Presence and frequency penalties lie between minus this and this (OpenAI's own limits)."""
 MAX_BIAS = 100.0
 """A bias lies between minus this and this: either end as good as bars an id or forces it."""
+GRAMMAR_KINDS = ("json_object", "json_schema", "regex", "lark")
+MAX_GRAMMAR_BYTES = 64 * 1024
+"""Longest source of a grammar, in UTF-8: what compiling one may cost grows with it."""
 
 
 class FinishReason(str, enum.Enum):
@@ -43,7 +46,9 @@ class FinishReason(str, enum.Enum):
     LENGTH = "length"
     """``max_tokens`` or the end of the context."""
     CANCELLED = "cancelled"
-    """The caller withdrew the request."""
+    """The caller withdrew the request, or its deadline passed before it could begin."""
+    FAILED = "failed"
+    """The output could not be kept to its grammar any longer: following it went over the limits set to it."""
 
 
 def _check(ok: bool, message: str) -> None:
@@ -216,22 +221,81 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class Grammar:
+    """What an output must look like. It ends as soon as nothing can follow; where it may end or go on, EOS ends it.
+
+    Raises:
+        RequestError: an unknown kind, or a source that is no text, is too long, or is missing.
+    """
+
+    kind: str
+    """``json_object`` (any JSON object), ``json_schema``, ``regex`` (in Rust's syntax, for the whole output) or
+    ``lark`` (llguidance's dialect of Lark)."""
+    source: str = ""
+    """The schema, expression or grammar; nothing for ``json_object``."""
+
+    def __post_init__(self) -> None:
+        _check(self.kind in GRAMMAR_KINDS, f"a grammar's kind must be one of {', '.join(GRAMMAR_KINDS)}")
+        _check(isinstance(self.source, str), f"a grammar's source must be a text, not {type(self.source).__name__}")
+        size = len(self.source.encode("utf-8", "surrogatepass"))
+        _check(size <= MAX_GRAMMAR_BYTES, f"the grammar has {size} bytes; {MAX_GRAMMAR_BYTES} are possible: shorten it")
+        if self.kind == "json_object":
+            _check(not self.source, "a grammar of kind json_object has no source: use json_schema for a schema")
+        else:
+            _check(bool(self.source), f"a grammar of kind {self.kind} needs a source")
+
+
+@dataclass(frozen=True)
 class Request:
     """What the engine is asked to do. Token ids only: text belongs to the floor of ``text/``."""
 
     request_id: int
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
+    salt: str = ""
+    """Prompts share cached beginnings only with prompts of the same salt."""
+    deadline_s: float | None = None
+    """``time.monotonic`` after which it is not begun any more: if it still waits then, it ends as cancelled."""
+    grammar: Grammar | None = None
+    """What the output must look like; None lets the model say anything."""
+    prompt_logprobs: int | None = None
+    """Report the log-probability of each prompt token given those before it, and of this many alternatives (0 to 20).
+    A request with it runs its prompt on a slower path, and takes nothing of it from the cache."""
+
+    def __post_init__(self) -> None:
+        _check(isinstance(self.salt, str), f"salt must be a text, not {type(self.salt).__name__}")
+        if self.deadline_s is not None:
+            _check(_is_finite(self.deadline_s), f"deadline_s must be a time in seconds, not {self.deadline_s!r}")
+        if self.grammar is not None:
+            _check(isinstance(self.grammar, Grammar), f"grammar must be a Grammar, not {self.grammar!r}")
+        if self.prompt_logprobs is not None:
+            given: object = self.prompt_logprobs
+            ok = isinstance(given, int) and not isinstance(given, bool) and 0 <= given <= MAX_LOGPROBS
+            _check(ok, f"prompt_logprobs must be between 0 and {MAX_LOGPROBS}, not {given!r}")
+
+    @property
+    def greedy(self) -> bool:
+        """True where the lean greedy graph serves: greedy parameters, and no grammar."""
+        return self.grammar is None and self.params.greedy
+
+    @property
+    def plain(self) -> bool:
+        """True where prompt and parameters are all there is, so that the shortest way to a first token is open."""
+        return self.grammar is None and self.prompt_logprobs is None
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probabilities of one generated token under the model's raw distribution (before temperature)."""
+    """Log-probabilities of one token under the model's raw distribution (before temperature)."""
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
     """(token id, log-probability), most likely first, as many as were asked for."""
+
+
+PromptLogprobs = tuple[TokenLogprobs | None, ...]
+"""One for each token of a prompt, given those before it; None for the first."""
 
 
 class TokenChunk(NamedTuple):
@@ -244,6 +308,10 @@ class TokenChunk(NamedTuple):
     """When the host read the token."""
     logprobs: TokenLogprobs | None = None
     finish_reason: FinishReason | None = None
+    cached_tokens: int = 0
+    """With the first token: prompt tokens that were in the cache already."""
+    prompt_logprobs: PromptLogprobs | None = None
+    """With the first token, if asked for."""
 
 
 @dataclass(frozen=True)
@@ -273,3 +341,6 @@ class RequestOutput:
     finish_reason: FinishReason
     timings: Timings
     logprobs: tuple[TokenLogprobs, ...] | None = field(default=None)
+    cached_tokens: int = 0
+    """Prompt tokens that were in the cache already."""
+    prompt_logprobs: PromptLogprobs | None = None

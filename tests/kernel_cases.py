@@ -26,7 +26,7 @@ from jitgraph.ops.reference import Rolling, Rope
 from jitgraph.ops.reference_linear import LinearScratch
 from jitgraph.ops.ring import RING_FIELDS
 from jitgraph.ops.select import op_names
-from jitgraph.ops.slots import BLOCK_TABLE, SlotTable
+from jitgraph.ops.slots import BLOCK_TABLE, SlotTable, mask_words
 from jitgraph.types import MAX_LOGPROBS
 
 PAGE, STREAMS, CONTEXT = 16, 8, 4096
@@ -231,7 +231,10 @@ def compile_sampling(cases: Cases, layout: Layout, slots: SlotTable, rows: int) 
     top = (cases.floats(rows), cases.ints(rows, MAX_LOGPROBS), cases.floats(rows, MAX_LOGPROBS))
     cases.run(sampling.greedy, logits, *where, slots, scratch, tokens)
     history = cases.ints(STREAMS + 1, layout.vocabulary)
-    cases.run(sampling.sample, logits, *where, slots, history, scratch, tokens, *top)
+    masks = cases.ints(STREAMS + 1, mask_words(layout.vocabulary))
+    cases.run(sampling.sample, logits, *where, slots, history, masks, scratch, tokens, *top)
+    words = cases.floats(rows, sampling.score_words(layout.vocabulary))
+    cases.run(sampling.score, logits, tokens, words, *top)
     counter = torch.empty(1, dtype=torch.int64, device="meta")
     ring = torch.empty(64, STREAMS, RING_FIELDS, dtype=torch.int64, device="meta")
     for reported in ((None, None, None, slots, None), (*top, slots, history)):

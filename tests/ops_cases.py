@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 
 from jitgraph.ops import sampling
-from jitgraph.ops.slots import IN_PROMPT, SlotTable, encode_row
+from jitgraph.ops.slots import IN_PROMPT, SlotTable, encode_row, mask_words
 from jitgraph.types import MAX_LOGPROBS, SamplingParams
 
 LAYOUTS = ((4, 4, 16), (8, 2, 32), (6, 2, 64), (4, 1, 128))
@@ -112,6 +112,12 @@ def scratch_for(logits: torch.Tensor) -> torch.Tensor:
     return poison(logits.shape[0], sampling.scratch_words(logits.shape[1]), device=logits.device)
 
 
+def no_masks(slots: SlotTable, vocabulary: int) -> torch.Tensor:
+    """Masks of nobody, in host memory as the device reads it."""
+    shape = slots.words.shape[0], mask_words(vocabulary)
+    return torch.zeros(shape, dtype=torch.int32, pin_memory=slots.words.device.type == "cuda")
+
+
 def greedy(
     ops: ModuleType, logits: torch.Tensor, slot: torch.Tensor, position: torch.Tensor, slots: SlotTable
 ) -> torch.Tensor:
@@ -128,15 +134,18 @@ def sample(
     position: torch.Tensor,
     slots: SlotTable,
     history: torch.Tensor | None = None,
+    masks: torch.Tensor | None = None,
 ) -> Drawn:
-    """Results of ``ops.sample``; without a history it is poison, and no slot may be PENALISED."""
+    """Results of ``ops.sample``; without a history it is poison, and no slot may be PENALISED. Without masks they allow
+    nothing, and no slot may be CONSTRAINED."""
     rows, vocabulary, device = *logits.shape, logits.device
     if history is None:
         history = history_of([None] * slots.dummy, vocabulary, device)
     tokens, logprobs = poison(rows, device=device, dtype=torch.int32), poison(rows, device=device)
     ids = poison(rows, MAX_LOGPROBS, device=device, dtype=torch.int32)
     values = poison(rows, MAX_LOGPROBS, device=device)
-    ops.sample(logits, slot, position, slots, history, scratch_for(logits), tokens, logprobs, ids, values)
+    state = (slots, history, no_masks(slots, vocabulary) if masks is None else masks)
+    ops.sample(logits, slot, position, *state, scratch_for(logits), tokens, logprobs, ids, values)
     return tokens, logprobs, ids, values
 
 

@@ -16,25 +16,26 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 MAX_LINES = 400
 
-# A unit is a package or a top-level module; the vocabulary modules count as one unit, cli.py and cli_*.py as another.
-VOCABULARY = ("config", "types", "errors", "idle", "lengths", "locks", "metrics")
+# A unit is a package or a top-level module; the vocabulary modules count as one unit, so do cli.py and cli_*.py, and
+# llm.py and llm_*.py.
+VOCABULARY = ("config", "types", "errors", "idle", "lengths", "locks", "metrics", "version")
 FLOORS = {
     "vocabulary": 0,
     "text": 1,
     "ipc": 1,
     "jit": 1,
+    "stream": 2,
     "ops": 2,
     "model": 3,
     "graphs": 4,
     "engine": 5,
     "server": 5,
-    "stream": 5,
     "llm": 6,
     "bench": 7,
     "cli": 8,
     "__main__": 9,
 }
-NO_TORCH = ("vocabulary", "text", "ipc", "server")
+NO_TORCH = ("vocabulary", "text", "ipc", "stream", "server")
 TORCH_LIKE = ("torch", "triton", "cuda", "transformers", "accelerate")
 
 # Tool: the paths (files, or folders with a slash at the end) that may use it.
@@ -43,7 +44,7 @@ ALLOWED = {
     "torch.compile": (),
     "cuda.bindings": ("jit/", "graphs/loop.py"),
     "socket": ("ipc/", "server/"),
-    "subprocess": ("bench/", "server/supervisor.py"),
+    "subprocess": ("bench/", "server/spawn.py"),
     "pickle": (),
     "trust_remote_code": (),
     "os.environ": ("config.py",),
@@ -80,6 +81,8 @@ def unit_of(module: str) -> str:
     name = [*module.split("."), "llm"][1]  # jitgraph/__init__.py is the front door of llm.py
     if name in VOCABULARY:
         return "vocabulary"
+    if name.startswith("llm_"):
+        return "llm"
     return "cli" if name.startswith("cli_") else name
 
 

@@ -122,7 +122,7 @@ def test_export_and_use(run: Run, tmp_path: Path) -> None:
 
 def test_version_and_environment(run: Run) -> None:
     assert run("--version")[1].strip() == f"jitgraph {__version__}"
-    found = json.loads(run("collect-env")[1])
+    found = json.loads(run("collect-env", "--json")[1])
     assert "torch" in json.dumps(found) and "python" in json.dumps(found).lower()
 
 

@@ -90,10 +90,13 @@ def make_engine(folder: Path, device: torch.device, **settings: Any) -> Engine:
 
 
 def poison(engine: Engine) -> None:
-    """Nonsense wherever no step may read: the whole arena, and the pages nobody owns."""
+    """Nonsense wherever no step may read: the whole arena, and the pages nobody owns and that are not kept."""
     engine.drain()
     engine.buffers.poison()
     owned = [page for sequence in engine.scheduler.running for page in sequence.pages]
+    engine.pages.settle()
+    if engine.pages.prefixes is not None:
+        owned += [page.page for page in engine.pages.prefixes._known.values()]
     free = [page for page in range(1, engine.cache.data.shape[2]) if page not in owned]
     # Plain PyTorch attention multiplies masked values by 0, so its poison must be finite; kernels must not read at all.
     engine.cache.data[:, :, free] = 1e6 if engine.ops.flavour == "torch" else float("nan")

@@ -135,8 +135,8 @@ class Life:
             for identity in range(len(self.asked)):
                 if identity not in self.cancelled and not self._ended(identity):
                     self.cancelled[identity] = len(self.chunks.get(identity, ()))
-        held = sum(len(one.pages) for one in self.engine.scheduler.running)
-        assert held + self.engine.pages.free == self.engine.pages.total
+        held = {page for one in self.engine.scheduler.running for page in (*one.pages, *(p.page for p in one.chain))}
+        assert len(held) + self.engine.pages.free == self.engine.pages.total
         slots = [one.slot for one in self.engine.scheduler.running]
         assert len(set(slots)) == len(slots)
         assert len(self.engine.store.ready_keys) <= SETTINGS["max_graphs"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import triton.language as tl
-from ops_cases import int32, poison, sample, sampling_slots, scratch_for
+from ops_cases import int32, no_masks, poison, sample, sampling_slots, scratch_for
 
 from jitgraph.jit.kernel import kernel
 from jitgraph.ops import sampling
@@ -51,7 +51,8 @@ def thresholds(logits: torch.Tensor, slots: SlotTable) -> torch.Tensor:
     history = torch.zeros(slots.words.shape[0], logits.shape[1], dtype=torch.int32, device=device)
     top_ids = poison(rows, MAX_LOGPROBS, device=device, dtype=torch.int32)
     top = (poison(rows, device=device), top_ids, poison(rows, MAX_LOGPROBS, device=device))
-    sampling.sample(logits, slot, slot + 9, slots, history, scratch, int32([0] * rows, device), *top)
+    state = (slots, history, no_masks(slots, logits.shape[1]))
+    sampling.sample(logits, slot, slot + 9, *state, scratch, int32([0] * rows, device), *top)
     return scratch[:, 0].clone()
 
 

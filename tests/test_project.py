@@ -29,12 +29,13 @@ DOCUMENTS = (
     "docs/architecture.md",
     "docs/benchmarking.md",
     "docs/log.md",
+    "docs/metrics.md",
     "docs/research.md",
 )
 # Used where they are installed, named in a sentence where they are not: each pins a PyTorch of its own.
 SEPARATE = {"tensorrt_llm", "vllm"}
 BROUGHT_BY_TORCH = {"cuda"}
-FOLDER_EXTRAS = {"bench": "bench", "server": "serve", "ipc": "serve"}
+FOLDER_EXTRAS = {"bench": "bench", "engine": "serve", "ipc": "serve", "server": "serve"}
 
 
 def project() -> dict[str, Any]:

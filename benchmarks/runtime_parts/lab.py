@@ -73,8 +73,8 @@ class Lab:
     # --------------------------------------------------------------------------------------------------------- engines
 
     def llm(self, **settings: Any) -> LLM:
-        """The engine with these settings; all others are as users get them. The one before is closed, unless it has
-        the same."""
+        """The engine with these settings; all others are as users get them, but no prompt is cached. The one before is
+        closed, unless it has the same."""
         if self._llm is None or settings != self._settings:
             self.close()
             self._llm, self._settings = self.another(**settings), settings
@@ -92,7 +92,8 @@ class Lab:
                 self.say(f"  engine, {phase}: {done} of {total}")
 
         made = {"weights": plan.weights, "seed": plan.seed, "device": plan.device, "dtype": plan.dtype}
-        return LLM(model or plan.model, progress=tell, **{**made, **settings})
+        # Prompts come again and again, and each time all of one is to be computed.
+        return LLM(model or plan.model, progress=tell, **{**made, "prefix_cache": False, **settings})
 
     def close(self) -> None:
         """Closes the current engine. Its objects know each other, so that only a collection frees them, and one that

@@ -35,8 +35,8 @@ def collect_environment(device: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "device": device,
         "device_kind": device.partition(":")[0],
-        "device_name": f"CPU ({_cpu_name()})",
-        "cpu": _cpu_name(),
+        "device_name": f"CPU ({cpu_name()})",
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}",
         "python": platform.python_version(),
@@ -53,7 +53,7 @@ def collect_environment(device: str) -> dict[str, Any]:
             "device_memory_gib": round(properties.total_memory / 2**30, 1),
             "compute_capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
-            "driver": _driver_version(),
+            "driver": driver_version(),
         }
     return found
 
@@ -71,7 +71,7 @@ def package_version(name: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """Model name as Linux tells it, else the architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -81,7 +81,7 @@ def _cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def _driver_version() -> str | None:
+def driver_version() -> str | None:
     """NVIDIA's kernel driver, from the file it publishes."""
     try:
         words = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").split()

@@ -14,6 +14,7 @@ from jitgraph.graphs.buffers import Buffers, BufferSizes
 from jitgraph.graphs.step import StepProgram
 from jitgraph.model.cache import KVCache, PageAllocator
 from jitgraph.model.decoder import Decoder
+from jitgraph.model.prefix import PrefixIndex
 from jitgraph.model.rope import build_rope
 from jitgraph.model.spec import ModelSpec
 from jitgraph.model.weights import ModelWeights
@@ -45,7 +46,15 @@ def allocate(config: EngineConfig, spec: ModelSpec, sizing: Sizing, ops: Ops, we
     kernels = kernel_workspace(ops, sizing.positions, spec.num_kv_heads, spec.vocab_size, outputs)
     buffers = Buffers(spec, BufferSizes(sizing.arena_tokens, config.max_streams, kernels), slots, dtype, device)
     program = StepProgram(Decoder(spec, weights, rope, ops, sizing.window), buffers, cache)
-    return Memory(cache, PageAllocator(sizing.pages), buffers, program)
+    return Memory(cache, PageAllocator(sizing.pages, _prefixes(config, spec, sizing)), buffers, program)
+
+
+def _prefixes(config: EngineConfig, spec: ModelSpec, sizing: Sizing) -> PrefixIndex | None:
+    """What keeps pages for prompts that begin alike; None where it is switched off, and where a page's keys depend on
+    more than the tokens up to it: on where a window stands, or on the length of the prompt."""
+    if not config.prefix_cache or sizing.window is not None or spec.rope.kind == "dynamic":
+        return None
+    return PrefixIndex(config.page_size, outputs=not config.batch_invariant)
 
 
 def choose_ops(

@@ -10,17 +10,22 @@ import contextlib
 import time
 from collections import deque
 from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
 
 import torch
 
 from jitgraph.config import EngineConfig, parse_size
 from jitgraph.engine.allocate import allocate, choose_ops
+from jitgraph.engine.constraint import Constraints
 from jitgraph.engine.express import Express, Shot
 from jitgraph.engine.flights import InFlight
+from jitgraph.engine.grammar import GrammarCompiler
 from jitgraph.engine.intake import Intake
 from jitgraph.engine.loops import Loops
 from jitgraph.engine.planner import Planner
 from jitgraph.engine.ready import Preparation, Progress, ReadyReport
+from jitgraph.engine.recorder import Recorder
 from jitgraph.engine.runner import Runner
 from jitgraph.engine.scheduler import Scheduler, Sequence
 from jitgraph.engine.sizing import Sizing, resolve_sizing
@@ -33,7 +38,8 @@ from jitgraph.graphs.step import StepProgram
 from jitgraph.graphs.store import Store, is_decode
 from jitgraph.model.spec import ModelSpec
 from jitgraph.model.weights import ModelWeights
-from jitgraph.types import FinishReason, Request, SamplingParams, TokenChunk, TokenLogprobs
+from jitgraph.text.tokenizer import find_tokenizer
+from jitgraph.types import FinishReason, Request, SamplingParams, TokenChunk
 
 __all__ = ["Engine", "Progress", "ReadyReport"]
 
@@ -57,7 +63,9 @@ class Engine:
         config: EngineConfig,
         eos_token_ids: tuple[int, ...],
         progress: Progress | None = None,
+        folder: Path | None = None,
     ) -> None:
+        """``folder``: the checkpoint's, whose tokenizer grammars are compiled for; None is a preset's."""
         device, dtype = weights.embedding.device, weights.embedding.dtype
         if device.type == "cuda" and config.ops == "torch" and config.graphs and config.fused_sampling:
             raise ConfigError("ops='torch' cannot publish tokens from inside a CUDA graph: set fused_sampling=False")
@@ -68,26 +76,26 @@ class Engine:
         self.sizing: Sizing = resolve_sizing(config, spec, dtype.itemsize)
         self.ready = ReadyReport()
         tell = progress or (lambda phase, done, total: None)
-        started = time.perf_counter()
-        self.ops = choose_ops(config, self.sizing, weights, tell)
-        self.ready.phases_ms["tune"] = (time.perf_counter() - started) * 1e3
-        started = time.perf_counter()
-        self.cache, self.pages, self.buffers, program = allocate(config, spec, self.sizing, self.ops, weights)
-        self.ready.phases_ms["allocate"] = (time.perf_counter() - started) * 1e3
+        with self.ready.timed("tune", device):
+            self.ops = choose_ops(config, self.sizing, weights, tell)
+        with self.ready.timed("allocate", device):
+            self.cache, self.pages, self.buffers, program = allocate(config, spec, self.sizing, self.ops, weights)
         limits = (config.max_graphs, parse_size(config.graph_memory, "graph_memory"))
         self.store: Store[CapturedGraph] = Store(*limits, pinned=self._is_pinned)
         self.dispatcher = Dispatcher(config.graphs, self.store, self.sizing.buckets)
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._capturer = Capturer(device, lambda _: self.ready.bytes_of_a_graph, stream)
-        whole = config.graph_scope == "step"
-        self.runner = Runner(
-            program, self.dispatcher, self.store, Loops(), stream, config.fused_sampling, whole, config.strict
-        )
+        chunk, how = self.sizing.chunk_tokens, (config.fused_sampling, config.graph_scope == "step", config.strict)
+        compiler = GrammarCompiler(partial(find_tokenizer, folder), spec.vocab_size, eos_token_ids)
+        self.constraints = Constraints(compiler, self.buffers.masks)
+        self.runner = Runner(program, self.dispatcher, self.store, Loops(), self.constraints, stream, *how, chunk)
         self.intake = Intake(spec.vocab_size, self.sizing, self.pages.total, frozenset(eos_token_ids))
-        self.scheduler = Scheduler(config.max_streams, self.sizing.chunk_tokens, self.pages)
+        running_chunk = self.sizing.running_chunk_tokens
+        self.scheduler = Scheduler(config.max_streams, chunk, self.pages, self.pages.prefixes, running_chunk)
         self._sequences: dict[int, Sequence] = {}
         self._flights: deque[InFlight] = deque()
         self._planner = Planner(self.runner, self.scheduler, self.intake, self._flights)
+        self._recorder = Recorder(self.runner, self.scheduler, spec.vocab_size)
         self._news: list[TokenChunk] = []
         self._get_ready(program, tell)
 
@@ -108,7 +116,7 @@ class Engine:
             warm_up=self.runner.warm_up_stages,
         )
         vocabulary = self.spec.vocab_size
-        self._express = Express(self.runner, self.scheduler, self.sizing, vocabulary, self.intake)
+        self._express = Express(self.runner, self.scheduler, self.sizing, vocabulary, self.intake, self.pages.prefixes)
         self._rolling = self.config.graphs and self.config.rolling and self.config.graph_scope == "step"
         if self._rolling:
             self.runner.reader.shadow = self._in_shadow
@@ -118,8 +126,9 @@ class Engine:
     # ---------------------------------------------------------------------------------------------------- requests
 
     def validate(self, request: Request) -> None:
-        """Checks a request against the model and the cache; see ``Intake.validate``."""
+        """Checks a request against the model and the cache (see ``Intake.validate``), and compiles its grammar."""
         self.intake.validate(request)
+        self.constraints.check(request)
 
     def submit(self, request: Request) -> None:
         """Queues a request; its tokens come out of ``step``. Raises as ``validate`` does."""
@@ -131,11 +140,11 @@ class Engine:
         self._forget_shot()
         self.scheduler.add(self._sequence(request))
 
-    def fire(self, ids: Ids, params: SamplingParams) -> Shot | None:
+    def fire(self, ids: Ids, params: SamplingParams, salt: str = "") -> Shot | None:
         """Sends a prompt to the GPU by the shortest way, if the engine is idle and prepared; ``book`` must follow.
         None, and nothing done, where it must be submitted (or refused) the ordinary way."""
         try:
-            return self._express.fire(ids, params)
+            return self._express.fire(ids, params, salt)
         except BaseException:
             self._recover()
             raise
@@ -143,8 +152,9 @@ class Engine:
     def book(self, request: Request, shot: Shot) -> None:
         """Takes a request that ``fire`` has launched into the books, and launches what comes next."""
         try:
+            assert request.plain, "a grammar or scores take the ordinary way"
             sequence = self._sequence(request)
-            admitted = self.scheduler.admit_whole(sequence)
+            admitted = self.scheduler.admit_whole(sequence, shot.chain)
             assert admitted, "fired on an engine that was not idle"
             self._flights.append(self.runner.book(sequence, shot.wanted, shot.decision))
             self._express.unbooked = False
@@ -162,7 +172,9 @@ class Engine:
 
     def _sequence(self, request: Request) -> Sequence:
         assert request.request_id not in self._sequences, "request ids must not repeat while in use"
-        sequence = self._sequences[request.request_id] = self.intake.sequence(request)
+        sequence = self.intake.sequence(request)
+        self.constraints.admit(sequence)
+        self._sequences[request.request_id] = sequence
         return sequence
 
     def cancel(self, request_id: int, reason: FinishReason = FinishReason.CANCELLED) -> None:
@@ -170,6 +182,7 @@ class Engine:
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None:
             self.scheduler.finish(sequence, reason)
+            self.constraints.drop(sequence)
             if any(flight.loop for flight in self._flights):
                 self.runner.loops.call_off()  # it was the only one
 
@@ -184,7 +197,7 @@ class Engine:
         An interrupt while it waits for tokens changes nothing: the next call goes on. One in the middle of a launch
         ends all requests as cancelled (the next call says so) and leaves the engine ready for new ones.
         """
-        if self._news or self._express.unbooked or not self._planner.looping_on():
+        if self._news or self._express.unbooked or self.scheduler.overdue or not self._planner.looping_on():
             self.launch()
             news, self._news = self._news, []
             if news or not self._flights:
@@ -197,10 +210,13 @@ class Engine:
         try:
             with self._torch():
                 self._forget_shot()
+                for sequence in self.scheduler.expire():
+                    self._end(sequence.request.request_id)
                 self._settle_loops()
                 while (plan := self._planner.next_plan()) is not None:
                     self._shadow.interrupt()
                     self._flights.append(self.runner.launch(plan))
+                self.pages.settle()  # while the GPU works
         except BaseException:
             self._recover()
             raise
@@ -256,23 +272,24 @@ class Engine:
         self._express.disarm()
         self._shadow.interrupt()
         self._flights.clear()
-        now = time.perf_counter_ns()
         for identity in list(self._sequences):
-            self.cancel(identity)
-            self._news.append(TokenChunk(identity, None, now, finish_reason=FinishReason.CANCELLED))
+            self._end(identity)
+        self.scheduler.reset()  # the books, too, may have been left half-way
         with self._torch():
             self.runner.resynchronise()
 
+    def _end(self, identity: int) -> None:
+        """Strikes off a request that ends without a token, and says so."""
+        self.constraints.drop(self._sequences.pop(identity))
+        chunk = TokenChunk(identity, None, time.perf_counter_ns(), finish_reason=FinishReason.CANCELLED)
+        self._news.append(chunk)
+
     def _record(self, flight: InFlight, tokens: list[int], now: int) -> list[TokenChunk]:
-        chunks = []
-        for row, sequence in enumerate(flight.sequences):
-            if self.scheduler.record(sequence, tokens[row]):
-                identity = sequence.request.request_id
-                logprobs = self._logprobs(flight.step - 1, row, sequence)
-                chunks.append(TokenChunk(identity, tokens[row], now, logprobs, sequence.finished))
-                if sequence.finished is not None:
-                    del self._sequences[identity]
-                    self._end_loops(flight)
+        chunks = self._recorder.record(flight, tokens, now)
+        for chunk in chunks:
+            if chunk.finish_reason is not None:
+                del self._sequences[chunk.request_id]
+                self._end_loops(flight)
         return chunks
 
     def _end_loops(self, flight: InFlight) -> None:
@@ -284,12 +301,6 @@ class Engine:
             self._flights.clear()
             self._flights.extend(rest)
             self.runner.rewind(flight.step if flight.loop else loops[0].first)
-
-    def _logprobs(self, step: int, row: int, sequence: Sequence) -> TokenLogprobs | None:
-        count = sequence.request.params.logprobs
-        if count is None:
-            return None
-        return self.runner.reader.logprobs(step, row, min(count, self.spec.vocab_size))
 
     def drain(self) -> None:
         """Reads and drops every step in flight, and gives up an open capture, so that the device may be synchronised;
@@ -313,10 +324,11 @@ class Engine:
         """Whether ``work_while_idle`` has anything to do."""
         if not self.scheduler.idle:
             return False
-        return bool(self._flights) or self._capturing or (self._express.usable and not self._express.armed)
+        return bool(self._flights) or self.capturing or (self._express.usable and not self._express.armed)
 
     @property
-    def _capturing(self) -> bool:
+    def capturing(self) -> bool:
+        """Whether idle work begins with graphs: that may wait for a quiet moment, the preparations may not."""
         return self._rolling and self._shadow.pending
 
     def work_while_idle(self) -> bool:
@@ -339,7 +351,7 @@ class Engine:
                 return self.idle_work
             self._forget_shot()
             self._settle_loops()  # anything launched before would be numbered wrong
-        if not self._capturing:
+        if not self.capturing:
             self._express.arm()
             return False
         with torch.inference_mode():
@@ -352,6 +364,7 @@ class Engine:
         for identity in list(self._sequences):
             self.cancel(identity)
         self.drain()
+        self.constraints.compiler.close()
         self.runner.reader.shadow = None
         with torch.inference_mode():
             self._shadow.close()
@@ -367,7 +380,9 @@ class Engine:
     def reset_counters(self) -> None:
         """Counts steps, paths and compiles from here on."""
         self.dispatcher.reset()
-        self.runner.steps = self.runner.launches = self.runner.compiles = 0
+        if self.pages.prefixes is not None:
+            self.pages.prefixes.reset_counters()
+        self.runner.steps = self.runner.launches = self.runner.compiles = self.constraints.failures = 0
 
     @property
     def compiles_after_ready(self) -> int:

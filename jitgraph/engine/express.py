@@ -18,6 +18,7 @@ from jitgraph.engine.scheduler import Scheduler
 from jitgraph.engine.sizing import Sizing
 from jitgraph.graphs.dispatch import Decision
 from jitgraph.graphs.key import GraphKey
+from jitgraph.model.prefix import Chain, PrefixIndex
 from jitgraph.ops.inbox import HEADER
 from jitgraph.ops.slots import BLOCK_TABLE, SCALARS, STOP_IDS
 from jitgraph.types import MAX_STOP_TOKEN_IDS, SamplingParams
@@ -29,6 +30,8 @@ class Shot:
 
     wanted: GraphKey
     decision: Decision
+    chain: Chain | None = None
+    """Cached pages that the prompt begins with."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,13 @@ class Express:
         sizing: Sizing,
         vocabulary: int,
         intake: Intake,
+        prefixes: PrefixIndex | None = None,
     ) -> None:
         self._runner = runner
         self._scheduler = scheduler
         self._sizing = sizing
         self._vocabulary = vocabulary
+        self._prefixes = prefixes
         self._eos = array("i", sorted(intake.eos))
         self._seed = intake.seed
         self._usable = runner.has_ways and len(intake.eos) <= MAX_STOP_TOKEN_IDS
@@ -62,6 +67,7 @@ class Express:
         self._row = -1
         self._slot = -1
         self._pages = 0
+        self._upcoming = array("i")
         self._zeros = bytes(4 * sizing.pages_per_slot)
         self.unbooked = False
         """A prompt was fired that is not in the books yet; where an interrupt came between, it never will be."""
@@ -86,34 +92,46 @@ class Express:
         inbox[table : table + 4 * len(words)] = memoryview(words).cast("B")
         stops = row + 4 * (HEADER + STOP_IDS)
         inbox[stops : stops + 4 * len(self._eos)] = memoryview(self._eos).cast("B")
-        self._slot, self._pages, self._row = slot, len(pages), row
+        self._slot, self._pages, self._upcoming, self._row = slot, len(pages), words, row
 
     def disarm(self) -> None:
         """Something else goes first: slot, pages or row may be taken by it."""
         self._row = -1
         self.unbooked = False
 
-    def fire(self, ids: Sequence[int], params: SamplingParams) -> Shot | None:
-        """Launches the whole prompt as one step; None, with nothing done, where it must go the ordinary way."""
+    def fire(self, ids: Sequence[int], params: SamplingParams, salt: str = "") -> Shot | None:
+        """Launches the whole prompt, or what the cache has not of it, as one step; None, with nothing done, where it
+        must go the ordinary way."""
         row, count = self._row, len(ids)
         if row < 0 or params.stop_token_ids or params.logit_bias or set(map(type, ids)) != {int}:
             return None
-        way = self._ways.get(count)
-        if way is None or way.generation != self._runner.generation:
-            way = self._find(count)
-            if way is None:
-                return None
         try:
             words = array("i", ids)
         except OverflowError:
             return None
         sizing = self._sizing
+        chain = self._prefixes.match(salt, words) if self._prefixes is not None else None
+        if chain and params.penalised:
+            if self._scheduler.reuses(count, params):
+                return None  # the slot's history must be told of the cached tokens first
+            chain = None
+        start = len(chain) * sizing.page_size if chain else 0
+        way = self._ways.get(count - start)
+        if way is None or way.generation != self._runner.generation:
+            way = self._find(count - start)
+            if way is None:
+                return None
         most = min(count + params.max_tokens, sizing.max_model_len)
         pages = sizing.pages_for(most)
+        if start:
+            words = words[start:]  # those before are known
         if max(words) >= self._vocabulary or min(words) < 0 or count >= sizing.max_model_len or pages > self._pages:
             return None
+        table = row + 4 * (HEADER + BLOCK_TABLE)
+        if chain:
+            self._lay(table, chain, pages)
         inbox, seed = self._runner.inbox, self._seed(params)
-        CHUNK.pack_into(inbox, row, 1, self._slot, 0, count, 1)
+        CHUNK.pack_into(inbox, row, 1, self._slot, start, count - start, 1)
         SCALARS.pack_into(
             inbox,
             row + 4 * HEADER,
@@ -127,13 +145,21 @@ class Express:
             params.penalised,
             0,
         )
-        table = row + 4 * (HEADER + BLOCK_TABLE)
         inbox[table + 4 * pages : table + 4 * self._pages] = self._zeros[: 4 * (self._pages - pages)]
         first = row + self._runner.prompt_offset
-        inbox[first : first + 4 * count] = memoryview(words).cast("B")
+        inbox[first : first + 4 * len(words)] = memoryview(words).cast("B")
         self._row, self.unbooked = -1, True
         way.replay()
-        return way.shot
+        return Shot(way.shot.wanted, way.shot.decision, chain) if chain else way.shot
+
+    def _lay(self, table: int, chain: Chain, pages: int) -> None:
+        """Writes a block table that begins with cached pages at byte ``table``. Those that follow are what will be
+        taken then: pages that are held are not among those to come."""
+        cached = [page.page for page in chain]
+        held = set(cached)
+        own = [page for page in self._upcoming[:pages] if page not in held][: pages - len(cached)]
+        words = array("i", cached + own)
+        self._runner.inbox[table : table + 4 * pages] = memoryview(words).cast("B")
 
     def _find(self, count: int) -> _Way | None:
         """The way of a length, kept until the store's graphs change."""

@@ -47,7 +47,7 @@ class Planner:
     def _loop_plan(self) -> LoopPlan | None:
         """The lone sequence's next loop, where it is alone and there is such a loop."""
         sequence = self._scheduler.lone()
-        if sequence is None:
+        if sequence is None or sequence.request.grammar is not None:  # the host gives each of its steps a mask
             return None
         kind = self._runner.loop_kind(sequence)
         if kind not in self._runner.loops:

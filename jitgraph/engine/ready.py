@@ -6,12 +6,14 @@ Engine's thread and stream. After this a step compiles, captures and loads nothi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
 from jitgraph.config import EngineConfig
+from jitgraph.engine.memory import used_bytes
 from jitgraph.engine.runner import Runner
 from jitgraph.engine.sizing import Sizing
 from jitgraph.graphs.capture import CapturedGraph, Capturer
@@ -34,6 +36,8 @@ class ReadyReport:
     """What getting ready took: milliseconds by phase, and what ``max_graphs`` left out."""
 
     phases_ms: dict[str, float] = field(default_factory=dict)
+    phases_mib: dict[str, float] = field(default_factory=dict)
+    """By how much the device's memory in use grew in each phase."""
     captured: tuple[GraphKey, ...] = ()
     left_out: tuple[GraphKey, ...] = ()
     compiled: int = 0
@@ -44,6 +48,14 @@ class ReadyReport:
     """Growth of the allocator's reserve while all the others were captured."""
     graph_bytes: int = 0
     """Device memory that all graphs together took from the driver."""
+
+    @contextmanager
+    def timed(self, phase: str, device: torch.device) -> Iterator[None]:
+        """Notes what the work inside takes."""
+        started, before = time.perf_counter(), used_bytes(device)
+        yield
+        self.phases_ms[phase] = (time.perf_counter() - started) * 1e3
+        self.phases_mib[phase] = (used_bytes(device) - before) / 2**20
 
     @property
     def bytes_of_a_graph(self) -> int:
@@ -106,9 +118,8 @@ class Preparation:
         return [GraphKey(Phase.PREFILL, size, kind) for size in sizes]
 
     def _timed(self, phase: str, work: Callable[[], None]) -> None:
-        started = time.perf_counter()
-        work()
-        self.report.phases_ms[phase] = (time.perf_counter() - started) * 1e3
+        with self.report.timed(phase, self._device):
+            work()
 
     # ------------------------------------------------------------------------------------------------- compile, warm up
 
@@ -121,6 +132,7 @@ class Preparation:
                 if key.sampling is Sampling.OUTSIDE:
                     self._program.finish(key, Sampling.GREEDY)
                     self._program.finish(key, Sampling.FULL)
+            self._runner.scorer.warm_up()
         self.report.compiled = compile_all(wanted, self._device, progress=self._progress).compiled
 
     def _warm_up(self, keys: list[GraphKey]) -> None:
@@ -133,6 +145,8 @@ class Preparation:
             self._progress("warm up", done, len(keys))
 
         self._runner.warm_up(keys, report)
+        with torch.cuda.stream(self._stream):
+            self._runner.scorer.warm_up()
         self._stream.synchronize()
 
     # ---------------------------------------------------------------------------------------------------------- capture

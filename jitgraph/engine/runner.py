@@ -17,15 +17,17 @@ from functools import partial
 
 import torch
 
+from jitgraph.engine.constraint import Constraints
 from jitgraph.engine.flights import InFlight
 from jitgraph.engine.loops import Loops
 from jitgraph.engine.pace import Pace
+from jitgraph.engine.prompt_logprobs import PromptScorer
 from jitgraph.engine.reader import RingReader
 from jitgraph.engine.scheduler import DecodePlan, LoopPlan, Plan, PrefillPlan, Sequence
 from jitgraph.errors import DeviceError
 from jitgraph.graphs.buffers import INBOX_DEPTH, Buffers
 from jitgraph.graphs.capture import CapturedGraph
-from jitgraph.graphs.dispatch import Decision, Dispatcher
+from jitgraph.graphs.dispatch import Decision, Dispatcher, Reason
 from jitgraph.graphs.emulated import EmulatedDevice
 from jitgraph.graphs.key import GraphKey, Path, Phase, Sampling, prompt_sampling
 from jitgraph.graphs.step import StepProgram
@@ -49,12 +51,15 @@ class Runner:
         dispatcher: Dispatcher,
         store: Store[CapturedGraph],
         loops: Loops,
+        constraints: Constraints,
         stream: torch.cuda.Stream | None,
         fused_sampling: bool,
         whole_steps: bool = True,
         strict: bool = False,
+        chunk_tokens: int = 1,
     ) -> None:
-        """``whole_steps``: a graph holds all of its step. ``strict``: a compilation in a step is an error."""
+        """``whole_steps``: a graph holds all of its step. ``strict``: a compilation in a step is an error.
+        ``chunk_tokens``: the largest chunk of a prompt."""
         self._program = program
         self._buffers: Buffers = program.buffers
         self._dispatcher = dispatcher
@@ -62,12 +67,15 @@ class Runner:
         self.stream = stream
         self._fused = fused_sampling
         self._strict = strict
+        self._chunk = chunk_tokens
         alone = fused_sampling and whole_steps and program.decoder.ops.receives_on_device
         self.replays_alone = stream is not None and alone
         """Whether a step is its graph and nothing beside it."""
         self.has_ways = self.replays_alone or (stream is None and fused_sampling and whole_steps)
         """Whether a whole prompt can be one call, for ``way``."""
         self.loops = loops
+        self.constraints = constraints
+        self.scorer = PromptScorer(program)
         self.emulated = EmulatedDevice() if stream is None else None
         self.pace = Pace()
         self.reader = RingReader(self._buffers.ring, loops, stream, self.emulated)
@@ -145,26 +153,53 @@ class Runner:
         if isinstance(plan, LoopPlan):
             return self._launch_loop(plan)
         wanted, sampling = self._key(plan)
-        decision = self._dispatcher.choose(wanted)
+        scoring: Callable[[], None] | None = None
+        if isinstance(plan, PrefillPlan) and plan.sequence.request.prompt_logprobs is not None:
+            decision = Decision(Path.EAGER, GraphKey(Phase.PREFILL, plan.count, Sampling.OUTSIDE), Reason.SCORED)
+            scoring = partial(self.scorer.run, plan, self._program.next_step)
+        else:
+            decision = self._dispatcher.choose(wanted)
         key = decision.key
         graph = None if decision.path is Path.EAGER else self._store.lookup(key)
         if isinstance(plan, PrefillPlan):
-            self._stage_chunk(plan.sequence, plan.start, plan.count, plan.emit)
+            first = plan.start == plan.sequence.cached
+            if first and plan.start and plan.sequence.request.params.penalised:
+                self._note_cached(plan.sequence)
+            self._stage_chunk(plan.sequence, plan.start, plan.count, plan.emit, admit=first)
         else:
             self._stage_rows(tuple(s.slot for s in plan.sequences), key.rows)
         if graph is not None and self.replays_alone:
             graph.replay()
         elif self.emulated is not None:
-            self.emulated.submit_step(lambda: self._execute(key, sampling, graph))
+            self.emulated.submit_step(partial(self._execute, key, sampling, graph, scoring))
         else:
             with torch.inference_mode(), self._on_stream(), self._watched():
-                self._execute(key, sampling, graph)
+                self._execute(key, sampling, graph, scoring)
         # The GPU is at work from here on; books are kept beside it.
         step = self._count()
         self._dispatcher.note(wanted, decision)
         if graph is not None:
             self._store.use(key, step)
         return InFlight(plan, key, step)
+
+    def _note_cached(self, sequence: Sequence) -> None:
+        """Notes a cached beginning in the slot's history of ids, which its penalties need and no chunk will bring: the
+        first ops of a prompt's step, without the step."""
+        program = self._program
+        key = self._prompt_key(self._chunk)
+
+        def note() -> None:
+            program.before_graph(key)
+            if program.decoder.ops.receives_on_device:
+                program.receive(key)
+            program.prepare(key)
+
+        for start in range(0, sequence.cached, self._chunk):
+            self._stage_chunk(sequence, start, min(self._chunk, sequence.cached - start), emit=False, admit=not start)
+            with torch.inference_mode(), self._on_stream(), self._watched():
+                note() if self.emulated is None else self.emulated.submit_step(note)
+            program.next_launch += 1
+            self.launches += 1
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
@@ -197,16 +232,21 @@ class Runner:
         step = self._count()
         self._dispatcher.note(wanted, self._dispatcher.choose(wanted))  # the same, and the reason of today
         self._store.use(decision.key, step)
-        return InFlight(PrefillPlan(sequence, 0, sequence.prompt_length, True), decision.key, step)
+        start = sequence.cached
+        return InFlight(PrefillPlan(sequence, start, sequence.prompt_length - start, True), decision.key, step)
 
-    def _execute(self, key: GraphKey, sampling: Sampling, graph: CapturedGraph | None) -> None:
-        """Runs a step whose inputs are in the inbox."""
+    def _execute(
+        self, key: GraphKey, sampling: Sampling, graph: CapturedGraph | None, scoring: Callable[[], None] | None = None
+    ) -> None:
+        """Runs a step whose inputs are in the inbox, with its ``scoring`` where its prompt is scored."""
         program = self._program
         program.before_graph(key)
         if graph is not None:
             graph.replay()
         else:
             program.graph_part(key)()
+        if scoring is not None:
+            scoring()
         if key.sampling is Sampling.OUTSIDE:
             program.finish(key, sampling)
 
@@ -223,21 +263,22 @@ class Runner:
 
     def loop_kind(self, sequence: Sequence) -> Sampling:
         """The sampling of a lone sequence's decode steps."""
-        return Sampling.GREEDY if sequence.request.params.greedy else Sampling.FULL
+        return Sampling.GREEDY if sequence.request.greedy else Sampling.FULL
 
     def can_run_ahead(self) -> bool:
         """Whether launching another step before reading this one costs the host next to nothing.
 
         True where steps are replayed on a GPU. Eager steps keep the host busy for their whole length, and on the CPU a
-        launch *is* the step: there, running ahead would only delay the token at hand.
+        launch *is* the step: there, running ahead would only delay the token at hand. Nor where a sequence follows a
+        grammar: its next step needs the token of this one.
         """
-        return self.stream is not None and self._store.holds_graphs
+        return self.stream is not None and self._store.holds_graphs and not self.constraints.active
 
     def _key(self, plan: PrefillPlan | DecodePlan) -> tuple[GraphKey, Sampling]:
         if isinstance(plan, PrefillPlan):
             key = self._prompt_key(plan.count)
             return key, key.sampling if self._fused else self.loop_kind(plan.sequence)
-        greedy = all(s.request.params.greedy for s in plan.sequences)
+        greedy = all(s.request.greedy for s in plan.sequences)
         sampling = Sampling.GREEDY if greedy else Sampling.FULL
         kind = sampling if self._fused else Sampling.OUTSIDE
         return GraphKey(Phase.DECODE, len(plan.sequences), kind), sampling
@@ -265,12 +306,12 @@ class Runner:
 
     # ------------------------------------------------------------------------------------------------------- inbox
 
-    def _stage_chunk(self, sequence: Sequence, start: int, count: int, emit: bool) -> None:
+    def _stage_chunk(self, sequence: Sequence, start: int, count: int, emit: bool, admit: bool) -> None:
         request = sequence.request
         prompt = request.prompt_token_ids
         ids = prompt if count == len(prompt) else prompt[start : start + count]
-        row = self._stage_prompt(sequence.slot, start, ids, emit, admit=start == 0)
-        if start == 0:
+        row = self._stage_prompt(sequence.slot, start, ids, emit, admit)
+        if admit:
             pack_row(
                 self.inbox,
                 row + 4 * HEADER,
@@ -281,7 +322,10 @@ class Runner:
                 sequence.sorted_stop_ids,
                 sequence.seed,
                 sequence.pages,
+                request.grammar is not None,
             )
+            if request.grammar is not None:
+                self.constraints.begin(sequence)
 
     def _stage_prompt(self, slot: int, start: int, ids: Iterable[int], emit: bool, admit: bool = False) -> int:
         """A chunk in the inbox; returns the byte at which its row begins."""
@@ -320,6 +364,7 @@ class Runner:
             except RuntimeError as error:
                 raise DeviceError(f"the GPU failed, a new engine is needed: {error}") from error
         self.reader.broken = False
+        self.scorer.forget()
         self.loops.clear()
         self.loops.forget()
         self._program.next_step = int(self._buffers["counter"])
@@ -339,6 +384,8 @@ class Runner:
         tokens = self.reader.tokens(step, rows)
         self.pace.note(flight.key, step, now)
         self._store.completed(step)
+        if self.scorer.pending:
+            self.scorer.collect(step)
         flight.read += 1
         if flight.loop:
             self._dispatcher.looped()

@@ -1,16 +1,24 @@
 """Who runs in the next step. Pure Python, no torch; engine's thread only.
 
 Admission reserves every page a sequence can need (prompt and max_tokens), so a running sequence never waits for memory
-and nothing is ever taken back. Prompt chunks and decode steps alternate, so neither starves the other.
+and nothing is ever taken back. It is first come, first served. Prompts then take turns, a chunk each; while anybody
+decodes, chunks are short and a decode step comes between any two. So the next token of whoever runs is at most one
+short chunk away, and the next chunk of a prompt at most one turn of all the others.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from jitgraph.types import FinishReason, Request
+from jitgraph.model.prefix import Chain, PrefixIndex
+from jitgraph.types import FinishReason, Request, SamplingParams
+
+MAX_NOTED_CHUNKS = 8
+"""A prompt with penalties has its cached tokens noted in launches of one chunk each, all at once; the inbox holds a few
+times as many, and what is over is computed."""
 
 
 @dataclass(eq=False)
@@ -26,8 +34,14 @@ class Sequence:
     """Of its draws."""
     slot: int = -1
     pages: list[int] = field(default_factory=list)
+    chain: Chain = field(default_factory=list)
+    """Kept pages that it holds: what its first tokens are, wherever it has them itself."""
+    cached: int = 0
+    """Prompt tokens that were in the cache when it was admitted."""
     prefilled: int = 0
-    """Prompt tokens whose step has been launched."""
+    """Prompt tokens that were cached or whose step has been launched."""
+    computed: int = 0
+    """Prompt tokens that were cached or whose step is over, as far as steps without a token say."""
     launched: int = 0
     """Output tokens whose step has been launched."""
     tokens: list[int] = field(default_factory=list)
@@ -47,6 +61,16 @@ class Sequence:
     def remaining(self) -> int:
         """Output tokens whose step has not been launched."""
         return self.max_length - self.prompt_length - self.launched
+
+    @property
+    def written(self) -> int:
+        """Its first tokens whose K and V are there for good, all steps that write them being over."""
+        return self.prompt_length + len(self.tokens) - 1 if self.tokens else self.computed
+
+    @property
+    def begun(self) -> bool:
+        """Whether its first step has been launched."""
+        return self.prefilled > self.cached
 
     @property
     def decoding(self) -> bool:
@@ -95,17 +119,46 @@ class PageBook(Protocol):
 
     def give_back(self, pages: list[int]) -> None: ...
 
+    def reset(self) -> None: ...
+
 
 class Scheduler:
     """Slots, pages and the queue."""
 
-    def __init__(self, max_streams: int, chunk_tokens: int, pages: PageBook) -> None:
+    def __init__(
+        self,
+        max_streams: int,
+        chunk_tokens: int,
+        pages: PageBook,
+        prefixes: PrefixIndex | None = None,
+        running_chunk_tokens: int | None = None,
+    ) -> None:
+        """``prefixes``: what is kept of the pages that ``pages`` hands out. ``running_chunk_tokens``: most prompt
+        tokens of one step while anybody decodes."""
         self._chunk = chunk_tokens
+        self._running_chunk = running_chunk_tokens or chunk_tokens
         self._pages = pages
-        self._free_slots = list(range(max_streams - 1, -1, -1))
+        self._prefixes = prefixes
+        self._slots = max_streams
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self._prompts: deque[Sequence] = deque()
+        """Those of ``running`` whose prompt has not been launched to its end, in the order of their turns."""
+        self._start_over()
+
+    def _start_over(self) -> None:
+        self._free_slots = list(range(self._slots - 1, -1, -1))
+        self.waiting.clear()
+        self.running.clear()
+        self._prompts.clear()
         self._prompt_next = True
+
+    def reset(self) -> None:
+        """Ends everybody as cancelled and takes all slots and pages back, wherever work broke off; no page is kept."""
+        for sequence in (*self.running, *self.waiting):
+            sequence.finished = sequence.finished or FinishReason.CANCELLED
+        self._start_over()
+        self._pages.reset()
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence; first come, first served."""
@@ -116,25 +169,80 @@ class Scheduler:
         pages."""
         if not self.admissible:
             return None
-        pages = self._pages.take(self.waiting[0].pages_needed)
-        assert pages is not None
-        sequence = self.waiting.popleft()
-        sequence.pages, sequence.slot = pages, self._free_slots.pop()
-        self.running.append(sequence)
+        sequence = self.waiting[0]
+        chain = self._find(sequence)
+        if self._pages.free < sequence.pages_needed:
+            return None  # sequences that run now hold kept pages beside their own of the same tokens
+        self._begin_with(sequence, chain)
+        self._give_place(sequence)
+        self.waiting.popleft()
+        self._prompts.append(sequence)
         return sequence
 
-    def admit_whole(self, sequence: Sequence) -> bool:
+    def admit_whole(self, sequence: Sequence, chain: Chain | None = None) -> bool:
         """Admits a sequence that never waited and counts its whole prompt as launched, which fits one step; False, and
-        nothing done, where anybody else is there or pages are short."""
-        if self.running or self.waiting or sequence.prompt_length > self._chunk:
+        nothing done, where anybody else is there or pages are short. ``chain``: cached pages that it begins with."""
+        chain = chain or []
+        if self.running or self.waiting or self._pages.free < sequence.pages_needed:
             return False
-        pages = self._pages.take(sequence.pages_needed)
-        if pages is None:
+        if sequence.prompt_length - self._tokens_of(chain) > self._chunk:
             return False
-        sequence.pages, sequence.slot = pages, self._free_slots.pop()
+        self._begin_with(sequence, chain)
+        self._give_place(sequence)
         sequence.prefilled, sequence.launched = sequence.prompt_length, 1
-        self.running.append(sequence)
         return True
+
+    def _give_place(self, sequence: Sequence) -> None:
+        """A slot, and the pages that are not there yet."""
+        own = self._pages.take(sequence.pages_needed - len(sequence.chain))
+        assert own is not None, "what is held by now was counted as free before"
+        sequence.pages = [page.page for page in sequence.chain] + own
+        sequence.slot = self._free_slots.pop()
+        self.running.append(sequence)
+
+    # ------------------------------------------------------------------------------------------------- cached prefixes
+
+    def _tokens_of(self, chain: Chain) -> int:
+        return len(chain) * self._prefixes.page_size if self._prefixes is not None else 0
+
+    def reuses(self, prompt_length: int, params: SamplingParams) -> bool:
+        """Whether a cached beginning is of use. With penalties its ids must be noted all the same, and a prompt up to a
+        short chunk is computed as fast."""
+        return not params.penalised or prompt_length > self._running_chunk
+
+    def _find(self, sequence: Sequence) -> Chain:
+        """The cached pages that a prompt begins with, those of sequences that still run included."""
+        prefixes, request = self._prefixes, sequence.request
+        if prefixes is None or request.prompt_logprobs is not None:
+            return []  # the logits of all its tokens are wanted
+        if not self.reuses(sequence.prompt_length, request.params):
+            return []
+        first = request.prompt_token_ids[: prefixes.page_size]
+        for other in self.running:
+            theirs = other.request
+            if theirs.salt == request.salt and theirs.prompt_token_ids[: prefixes.page_size] == first:
+                prompt = theirs.prompt_token_ids
+                prefixes.extend(other.chain, theirs.salt, prompt, other.tokens, other.written, other.pages)
+        chain = prefixes.match(request.salt, request.prompt_token_ids)
+        most = MAX_NOTED_CHUNKS * self._chunk // prefixes.page_size if request.params.penalised else len(chain)
+        return chain[:most]
+
+    def _begin_with(self, sequence: Sequence, chain: Chain) -> None:
+        """Holds the cached pages that it begins with."""
+        if self._prefixes is None:
+            return
+        self._prefixes.hold(chain)
+        sequence.chain = chain
+        sequence.cached = sequence.prefilled = sequence.computed = self._tokens_of(chain)
+        self._prefixes.asked_tokens += sequence.prompt_length
+        self._prefixes.found_tokens += sequence.cached
+
+    def chunk_read(self, plan: Plan) -> None:
+        """A step without a token is over: what it wrote is there for good."""
+        if isinstance(plan, PrefillPlan):
+            plan.sequence.computed = plan.start + plan.count
+
+    # ----------------------------------------------------------------------------------------------------------- plans
 
     def upcoming(self, most: int) -> tuple[int, list[int]]:
         """The slot that the next admission gets, and its first ``most`` pages or as many as are free, in order."""
@@ -142,11 +250,10 @@ class Scheduler:
 
     def next_plan(self) -> Plan | None:
         """The next step to launch, counted as launched; None where there is nothing to do yet."""
-        prompts = [s for s in self.running if s.finished is None and s.prefilled < s.prompt_length]
         rows = tuple(s for s in self.running if s.decoding)
-        if prompts and (self._prompt_next or not rows):
+        if self._prompts and (self._prompt_next or not rows):
             self._prompt_next = False
-            return self._plan_prefill(prompts[0])
+            return self._plan_prefill(self._running_chunk if rows else self._chunk)
         self._prompt_next = True
         if not rows:
             return None
@@ -178,12 +285,16 @@ class Scheduler:
         """Whether the oldest waiting sequence could be admitted now."""
         return bool(self.waiting) and bool(self._free_slots) and self._pages.free >= self.waiting[0].pages_needed
 
-    def _plan_prefill(self, sequence: Sequence) -> PrefillPlan:
+    def _plan_prefill(self, most: int) -> PrefillPlan:
+        """The next chunk of the prompt whose turn it is."""
+        sequence = self._prompts.popleft()
         start = sequence.prefilled
-        count = min(self._chunk, sequence.prompt_length - start)
+        count = min(most, sequence.prompt_length - start)
         sequence.prefilled += count
         emit = sequence.prefilled == sequence.prompt_length
         sequence.launched += int(emit)
+        if not emit:
+            self._prompts.append(sequence)
         return PrefillPlan(sequence, start, count, emit)
 
     def record(self, sequence: Sequence, token: int) -> bool:
@@ -199,20 +310,43 @@ class Scheduler:
         return True
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        """Ends a sequence and frees its slot and pages.
+        """Ends a sequence and frees its slot and pages; full ones are kept for prompts that begin alike.
 
         Steps in flight may still write to those pages. That is harmless: whoever gets them next writes in a later step
-        of the same stream, before reading.
+        of the same stream, before reading. It does not reach pages that are kept: what has been read ends before it.
         """
         if sequence.finished is not None:
             return
         sequence.finished = reason
         if sequence in self.running:
             self.running.remove(sequence)
+            if sequence in self._prompts:
+                self._prompts.remove(sequence)
             self._free_slots.append(sequence.slot)
-            self._pages.give_back(sequence.pages)
+            if self._prefixes is None:
+                self._pages.give_back(sequence.pages)
+            else:
+                request, written = sequence.request, sequence.written
+                prompt, output = request.prompt_token_ids, sequence.tokens
+                self._prefixes.end(request.salt, prompt, output, written, sequence.pages, sequence.chain)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+
+    @property
+    def overdue(self) -> bool:
+        """Whether ``expire`` has anything to do; next to nothing while nobody waits."""
+        return bool(self.waiting) and bool(self._late())
+
+    def expire(self) -> list[Sequence]:
+        """Ends as cancelled whoever still waits past its deadline; returns them."""
+        late = self._late() if self.waiting else []
+        for sequence in late:
+            self.finish(sequence, FinishReason.CANCELLED)
+        return late
+
+    def _late(self) -> list[Sequence]:
+        now = time.monotonic()
+        return [s for s in self.waiting if s.request.deadline_s is not None and s.request.deadline_s <= now]
 
     @property
     def idle(self) -> bool:

@@ -31,6 +31,8 @@ class Sizing:
     """Prompt lengths that get a graph of their own at start."""
     arena_tokens: int
     """Most tokens of one step."""
+    running_chunk_tokens: int
+    """Most prompt tokens of one step while other streams decode: a bucket."""
     window: KVWindow | None = None
     """Where the KV cache rolls."""
 
@@ -90,6 +92,7 @@ def resolve_sizing(config: EngineConfig, spec: ModelSpec, element_bytes: int) ->
         buckets=buckets,
         exact_lengths=parse_lengths(config.precapture_lengths, buckets, "precapture_lengths"),
         arena_tokens=max(buckets[-1], config.max_streams),
+        running_chunk_tokens=max((b for b in buckets if b <= config.prefill_chunk_running), default=buckets[0]),
         window=window,
     )
 

@@ -17,13 +17,17 @@ from jitgraph.model.spec import ModelSpec
 from jitgraph.ops.inbox import EMIT, MAX_ROWS, ROWS, SLOT, InboxLayout
 from jitgraph.ops.ring import RING_FIELDS
 from jitgraph.ops.select import KernelWorkspace
-from jitgraph.ops.slots import SlotTable
+from jitgraph.ops.slots import SlotTable, mask_words
 from jitgraph.types import MAX_LOGPROBS
 
 RING_DEPTH = 256
 """Steps whose records the token ring holds: two device-side loops and what comes before and after them."""
 INBOX_DEPTH = 32
 """Launches whose inputs the inbox holds. A row may be read until its launch has run, and few are ever in flight."""
+
+
+SCORE_ROWS = 64
+"""Rows whose logits are kept at a time while a prompt is scored: 16 MiB of half precision for 131,072 entries."""
 
 
 class Padding(enum.Enum):
@@ -91,6 +95,17 @@ def declare(spec: ModelSpec, sizes: BufferSizes, layout: InboxLayout, slots: int
         ("top_ids", (r, MAX_LOGPROBS), i32),
         ("top_logprobs", (r, MAX_LOGPROBS), f32),
     ]
+    b = min(SCORE_ROWS, t)
+    work += [
+        ("score_hidden", (b, spec.hidden_size), dtype),
+        ("score_normed", (b, spec.hidden_size), dtype),
+        ("score_logits", (b, spec.vocab_size), dtype),
+        ("score_scratch", (b, kernels.score_words), f32),
+        ("score_targets", (b,), i32),
+        ("score_logprobs", (b,), f32),
+        ("score_top_ids", (b, MAX_LOGPROBS), i32),
+        ("score_top_logprobs", (b, MAX_LOGPROBS), f32),
+    ]
     declared = [Declared(name, shape, i32, Padding.PREPARED) for name, shape in prepared]
     declared += [Declared(name, shape, kind, Padding.WRITTEN) for name, shape, kind in work]
     declared.append(Declared("inputs", (layout.width,), i32, Padding.HOST))
@@ -103,7 +118,7 @@ def declare(spec: ModelSpec, sizes: BufferSizes, layout: InboxLayout, slots: int
 
 
 class Buffers:
-    """The static arena, the slot table, and the host's side of both (the inbox and the token ring, pinned)."""
+    """The static arena, the slot table, and the host's side of both (inbox, token ring and masks, pinned)."""
 
     def __init__(
         self, spec: ModelSpec, sizes: BufferSizes, slots: SlotTable, dtype: torch.dtype, device: torch.device
@@ -123,6 +138,9 @@ class Buffers:
         pinned = device.type == "cuda"
         self.ring = torch.zeros(RING_DEPTH, sizes.rows, RING_FIELDS, dtype=torch.int64, pin_memory=pinned)
         self.inbox = torch.zeros(INBOX_DEPTH, self.layout.width, dtype=torch.int32, pin_memory=pinned)
+        masks = slots.words.shape[0], mask_words(spec.vocab_size)
+        self.masks = torch.zeros(masks, dtype=torch.int32, pin_memory=pinned)
+        """Of the slots; ``ops/slots.py`` says what they are."""
         self._views: dict[GraphKey, tuple[Batch, Workspace]] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:

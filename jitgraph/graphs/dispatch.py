@@ -31,6 +31,7 @@ class Reason(str, enum.Enum):
     OVER_LARGEST = "larger than the largest bucket"
     GRAPHS_OFF = "graphs are switched off"
     LONE_STREAM = "one stream alone is decoding"
+    SCORED = "log-probabilities of the prompt were asked for"
 
 
 REASON_OF = {
@@ -67,6 +68,8 @@ class Dispatcher:
         self._buckets = tuple(buckets)
         self.paths: Counter[tuple[Phase, Path]] = Counter()
         self.reasons: Counter[Reason] = Counter()
+        self.eager_reasons: Counter[Reason] = Counter()
+        """Part of ``reasons``: those of eager steps."""
 
     def decide(self, wanted: GraphKey) -> Decision:
         """``choose``, counted at once."""
@@ -78,7 +81,9 @@ class Dispatcher:
         """Counts a choice and leaves its wishes with the store; can wait until the step has been launched."""
         self.paths[wanted.phase, decision.path] += 1
         self.reasons[decision.reason] += 1
-        if self._enabled and wanted.phase is Phase.PREFILL:
+        if decision.path is Path.EAGER:
+            self.eager_reasons[decision.reason] += 1
+        if self._enabled and wanted.phase is Phase.PREFILL and decision.reason is not Reason.SCORED:
             self._store.served(decision.path)
             self._wish(wanted, decision)
 
@@ -116,3 +121,4 @@ class Dispatcher:
         """Sets the counters to zero."""
         self.paths.clear()
         self.reasons.clear()
+        self.eager_reasons.clear()

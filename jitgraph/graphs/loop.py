@@ -42,7 +42,16 @@ from jitgraph.jit.nvrtc import compile_source
 from jitgraph.jit.target import device_arch
 from jitgraph.ops.slots import SlotTable
 
-__all__ = ["LOOP_STEPS", "CudaLoop", "DeviceLoop", "LoopControl", "LoopReason", "LoopUnavailable", "build_cuda_loop"]
+__all__ = [
+    "LOOP_STEPS",
+    "CudaLoop",
+    "DeviceLoop",
+    "LoopControl",
+    "LoopReason",
+    "LoopUnavailable",
+    "build_cuda_loop",
+    "why_no_loops",
+]
 
 _FIRST_DRIVER = 12040
 """CUDA 12.4, as the driver writes it: the first whose WHILE bodies may hold all that a step holds."""
@@ -98,6 +107,18 @@ def build_cuda_loop(
             loop.destroy()
             raise
     return loop
+
+
+def why_no_loops(device: torch.device) -> str | None:
+    """Why a device has no such loops, in one sentence; None where it has. Compiles and loads their kernels."""
+    try:
+        if device.type != "cuda":
+            raise LoopUnavailable(LoopReason.EMULATED)
+        with torch.cuda.device(device):
+            _driver(device.index or 0)
+    except LoopUnavailable as error:
+        return str(error)
+    return None
 
 
 class CudaLoop:

@@ -12,6 +12,7 @@ from jitgraph.graphs.buffers import Buffers
 from jitgraph.graphs.key import GraphKey, Phase, Sampling
 from jitgraph.model.cache import KVCache
 from jitgraph.model.decoder import Decoder, Section
+from jitgraph.ops.reference_linear import LinearScratch
 
 
 class StepProgram:
@@ -123,8 +124,22 @@ class StepProgram:
             ops.advance(*where, work.tokens, None, None, None, buffers.slots, None, *self._publication())
         else:
             history = buffers["history"]
-            ops.sample(work.logits, *where, buffers.slots, history, work.scratch, work.tokens, *report)
+            state = (buffers.slots, history, buffers.masks)
+            ops.sample(work.logits, *where, *state, work.scratch, work.tokens, *report)
             ops.advance(*where, work.tokens, *report, buffers.slots, history, *self._publication())
+
+    def score(self, first: int, count: int) -> None:
+        """Scores ``count`` tokens of the step from ``first`` on: the log-probabilities of ``score_targets``, in the
+        ``score_`` buffers. It comes between the logits and the end of a step whose sampling is outside its graph. So
+        that one shape serves all, it always computes as many rows; what stands in the others is of no use."""
+        decoder, buffers = self.decoder, self.buffers
+        hidden, logits = buffers["score_hidden"], buffers["score_logits"]
+        hidden[:count].copy_(buffers["residual"][first : first + count], non_blocking=True)
+        scratch = LinearScratch(buffers["split_sums"], buffers["split_arrivals"])
+        head = (decoder.weights.lm_head, None, buffers["score_normed"], logits, scratch)
+        decoder.ops.norm_linear(None, hidden, decoder.weights.final_norm, decoder.spec.rms_norm_eps, *head)
+        report = (buffers["score_logprobs"], buffers["score_top_ids"], buffers["score_top_logprobs"])
+        decoder.ops.score(logits, buffers["score_targets"], buffers["score_scratch"], *report)
 
     def _publication(self) -> tuple[object, object, int]:
         counter = self.buffers["counter"]

@@ -320,6 +320,12 @@ class Store(Generic[G]):
         retiring = any(r.key == key for r in self._retired + self._leaving)
         return State.RETIRING if retiring else State.MISSING
 
+    def states(self) -> dict[GraphKey, State]:
+        """Every key that is not missing, with where it is on its way."""
+        found = {r.key: State.RETIRING for r in self._retired + self._leaving}
+        found |= {key: entry.state for key, entry in self._entries.items() if entry.state is not State.MISSING}
+        return found
+
     @property
     def ready_keys(self) -> tuple[GraphKey, ...]:
         """Keys with a graph to replay."""

@@ -11,36 +11,64 @@ import torch
 
 from jitgraph.errors import CapacityError
 from jitgraph.model.device import check_memory
+from jitgraph.model.prefix import PrefixIndex
 from jitgraph.model.spec import ModelSpec
 
 
 class PageAllocator:
-    """Hands out whole pages. Pure host bookkeeping; page 0 is never given out."""
+    """Hands out whole pages. Pure host bookkeeping; page 0 is never given out.
 
-    def __init__(self, pages: int) -> None:
+    ``prefixes`` keeps pages of sequences that have ended for prompts that begin alike. They are lent: those that nobody
+    holds count as free, and are forgotten when there are no others.
+    """
+
+    def __init__(self, pages: int, prefixes: PrefixIndex | None = None) -> None:
         assert pages >= 2, "a cache needs the dummy page and at least one more"
         self.total = pages - 1
+        self.prefixes = prefixes
         self._free = list(range(pages - 1, 0, -1))
 
     @property
     def free(self) -> int:
-        """Pages nobody owns."""
-        return len(self._free)
+        """Pages that no sequence needs, kept ones among them."""
+        if self.prefixes is None:
+            return len(self._free)
+        self.settle()
+        return len(self._free) + self.prefixes.idle
 
     def take(self, count: int) -> list[int] | None:
-        """``count`` pages, or None where fewer are free."""
-        if count > len(self._free):
+        """``count`` pages, or None where fewer are free. Kept ones go last, and then those first that were not used for
+        longest."""
+        self.settle()
+        short = max(0, count - len(self._free))
+        if short and (self.prefixes is None or short > self.prefixes.idle):
             return None
-        return [self._free.pop() for _ in range(count)]
+        pages = [self._free.pop() for _ in range(count - short)]
+        return pages + self.prefixes.evict(short) if short and self.prefixes is not None else pages
 
     def upcoming(self, most: int) -> list[int]:
         """The pages that the next ``take`` gives, in its order: ``most``, or all that are free."""
-        return self._free[: -most - 1 : -1]
+        self.settle()
+        pages = self._free[: -most - 1 : -1]
+        return pages if self.prefixes is None else pages + self.prefixes.oldest(most - len(pages))
 
     def give_back(self, pages: list[int]) -> None:
         """Returns pages to the pool."""
         self._free.extend(pages)
         assert len(self._free) <= self.total, "a page was given back twice"
+
+    def settle(self) -> None:
+        """Puts away the pages of sequences that have ended. Every other call does so first; it is there for times when
+        nobody waits."""
+        if self.prefixes is not None and not self.prefixes.settled:
+            self.give_back(self.prefixes.settle())
+
+    def reset(self) -> None:
+        """Takes all pages back from whoever has them, and forgets what they hold: after work that broke off anywhere,
+        the books themselves included."""
+        if self.prefixes is not None:
+            self.prefixes.forget()
+        self._free = list(range(self.total, 0, -1))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from jitgraph.ops import slots as slot_columns
 from jitgraph.ops.ring import RING_FIELDS
-from jitgraph.ops.slots import IN_PROMPT, SlotTable
+from jitgraph.ops.slots import IN_PROMPT, MASK_BITS, SlotTable
 from jitgraph.types import MAX_LOGPROBS
 
 
@@ -58,6 +58,7 @@ def sample(
     sample_position: torch.Tensor,
     slots: SlotTable,
     history: torch.Tensor,
+    masks: torch.Tensor,
     scratch: torch.Tensor,
     tokens: torch.Tensor,
     logprobs: torch.Tensor,
@@ -69,10 +70,13 @@ def sample(
     Penalties and bias first, on float32 logits, with ``history`` int32 ``[S, V]`` as in ``note_prompt``: ids in the
     prompt or the output are divided by REPETITION where above 0, else multiplied; FREQUENCY times the id's count in
     the output is subtracted, then PRESENCE where that count is not 0; bias is added. Stop ids are barred below
-    MIN_LENGTH. Then with x = logits / temperature: keep x >= the k-th largest; of these the smallest set of largest
-    values whose probability reaches top_p; of these x >= max + log(min_p); then argmax(x + Gumbel noise), which
-    samples the softmax exactly. The noise is -log(-log(u)) with u from Philox4x32-10, key = the slot's seed, counter =
-    (id, position): same seed, same logits, same token, whatever the batch. Temperature 0 is argmax.
+    MIN_LENGTH, and where the slot is CONSTRAINED all ids whose bit in its row of ``masks`` is 0 (int32
+    ``[S, ceil(V / 32)]`` in host memory, see ``slots.py``).
+
+    Then with x = logits / temperature: keep x >= the k-th largest; of these the smallest set of largest values whose
+    probability reaches top_p; of these x >= max + log(min_p); then argmax(x + Gumbel noise), which samples the softmax
+    exactly. The noise is -log(-log(u)) with u from Philox4x32-10, key = the slot's seed, counter = (id, position): same
+    seed, same logits, same token, whatever the batch. Temperature 0 is argmax.
 
     tokens int32 ``[R]``, logprobs float32 ``[R]``, top_ids int32 and top_logprobs float32 ``[R, MAX_LOGPROBS]``: the
     NUM_LOGPROBS most likely, lowest id first among equals; rows and columns nobody asked for hold anything.
@@ -80,7 +84,7 @@ def sample(
     del scratch
     slot = sample_slot.long()
     x = _penalise(logits.float(), slot, slots, history) + _bias(slot, slots, logits.shape[1])
-    x = _bar_stop_ids(x, sample_slot, sample_position, slots)
+    x = _allow(_bar_stop_ids(x, sample_slot, sample_position, slots), slot, slots, masks)
     temperature = slots.column_f32(slot_columns.TEMPERATURE)[slot][:, None]
     scaled = x / torch.where(temperature > 0, temperature, 1.0)
     kept = _filter(scaled, slots, slot)
@@ -89,6 +93,30 @@ def sample(
     tokens.copy_(torch.where(temperature[:, 0] > 0, drawn, x.argmax(-1)))
     raw = torch.log_softmax(logits.float(), dim=-1)
     logprobs.copy_(raw.gather(1, tokens.long()[:, None])[:, 0])
+    _report_top(raw, top_ids, top_logprobs)
+
+
+def score(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    scratch: torch.Tensor,
+    logprobs: torch.Tensor,
+    top_ids: torch.Tensor,
+    top_logprobs: torch.Tensor,
+) -> None:
+    """Log-probabilities of given ids: logprobs[r] is that of targets[r] under softmax(logits[r]), in float32, and the
+    top lists are the MAX_LOGPROBS most likely (all of a smaller vocabulary), lowest id first among equals.
+
+    logits ``[R, V]``; targets int32 ``[R]``, inside the vocabulary; the others as in ``sample``. ``scratch`` float32 is
+    the kernel's, unused here.
+    """
+    del scratch
+    raw = torch.log_softmax(logits.float(), dim=-1)
+    logprobs.copy_(raw.gather(1, targets.long()[:, None])[:, 0])
+    _report_top(raw, top_ids, top_logprobs)
+
+
+def _report_top(raw: torch.Tensor, top_ids: torch.Tensor, top_logprobs: torch.Tensor) -> None:
     values, ids = torch.sort(raw, dim=-1, descending=True, stable=True)
     width = min(MAX_LOGPROBS, raw.shape[1])
     top_ids[:, :width].copy_(ids[:, :width])
@@ -131,6 +159,15 @@ def _bar_stop_ids(
     spare = torch.zeros(x.shape[0], x.shape[1] + 1, dtype=x.dtype, device=x.device)
     spare.scatter_(1, torch.where(valid, ids, x.shape[1]).long(), -torch.inf)
     return x + spare[:, :-1]
+
+
+def _allow(x: torch.Tensor, slot: torch.Tensor, slots: SlotTable, masks: torch.Tensor) -> torch.Tensor:
+    """x with -inf at the ids that the masks of CONSTRAINED rows do not allow."""
+    ids = torch.arange(x.shape[1], device=x.device)
+    words = masks.to(x.device, non_blocking=True)[slot][:, ids // MASK_BITS]
+    allowed = (words >> (ids % MASK_BITS).int()) & 1 != 0
+    constrained = slots.column(slot_columns.CONSTRAINED)[slot][:, None] != 0
+    return torch.where(constrained & ~allowed, -torch.inf, x)
 
 
 def _filter(scaled: torch.Tensor, slots: SlotTable, slot: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Triton twins of ``note_prompt``, ``greedy``, ``sample`` and ``advance`` in ``reference_sampling.py``.
+"""Triton twins of ``note_prompt``, ``greedy``, ``sample``, ``score`` and ``advance`` in ``reference_sampling.py``.
 
 Signatures and meaning are the reference's. A choice is a launch over blocks of the vocabulary, then one with a program
 per row; between them stand the launches that search the thresholds of top-k and top-p. Rows share nothing, so a row
@@ -20,8 +20,10 @@ from jitgraph.ops.sampling_kernels import (
     greedy_merge_kernel,
     sample_blocks_kernel,
     sample_rows_kernel,
+    score_blocks_kernel,
+    score_rows_kernel,
 )
-from jitgraph.ops.slots import SlotTable
+from jitgraph.ops.slots import SlotTable, mask_words
 from jitgraph.types import MAX_LOGPROBS
 
 _BLOCK = 1024
@@ -38,6 +40,11 @@ _FIGURES = 7
 def scratch_words(vocab_size: int) -> int:
     """Float32 words of scratch that one row of ``greedy`` or ``sample`` needs."""
     return _areas_at(vocab_size) + 2 * _area_words(vocab_size)
+
+
+def score_words(vocab_size: int) -> int:
+    """Float32 words of scratch that one row of ``score`` needs."""
+    return 3 * ceil_div(vocab_size, _BLOCK)
 
 
 def _areas_at(vocab_size: int) -> int:
@@ -125,6 +132,7 @@ def sample(
     sample_position: torch.Tensor,
     slots: SlotTable,
     history: torch.Tensor,
+    masks: torch.Tensor,
     scratch: torch.Tensor,
     tokens: torch.Tensor,
     logprobs: torch.Tensor,
@@ -139,9 +147,10 @@ def sample(
     """
     _check(logits, sample_slot, sample_position, slots, scratch, tokens)
     assert_contiguous(torch.float32, logprobs, top_logprobs)
-    assert_contiguous(torch.int32, top_ids, history)
+    assert_contiguous(torch.int32, top_ids, history, masks)
     rows, vocabulary = logits.shape
     assert history.shape == (slots.words.shape[0], vocabulary)
+    assert masks.shape == (slots.words.shape[0], mask_words(vocabulary))
     assert top_ids.shape == top_logprobs.shape == (rows, MAX_LOGPROBS)
     blocks = ceil_div(vocabulary, _BLOCK)
     geometry = {
@@ -152,9 +161,8 @@ def sample(
         "BLOCK": _BLOCK,
         **pdl_options(),
     }
-    sample_blocks_kernel[(rows, blocks)](
-        logits, sample_slot, sample_position, slots.words, history, scratch, **geometry, num_warps=4
-    )
+    given = (logits, sample_slot, sample_position, slots.words, history, masks, scratch)
+    sample_blocks_kernel[(rows, blocks)](*given, MASK_STRIDE=masks.shape[1], **geometry, num_warps=4)
     geometry["BLOCKS_PADDED"] = next_power_of_two(blocks)
     areas = scratch.view(torch.int32)[:, _areas_at(vocabulary) :]
     before, after = areas[:, _area_words(vocabulary) :], areas
@@ -168,6 +176,38 @@ def sample(
     sample_rows_kernel[(rows,)](
         logits, sample_slot, slots.words, scratch, tokens, logprobs, top_ids, top_logprobs, **geometry, num_warps=4
     )
+
+
+def score(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    scratch: torch.Tensor,
+    logprobs: torch.Tensor,
+    top_ids: torch.Tensor,
+    top_logprobs: torch.Tensor,
+) -> None:
+    """Log-probabilities of given ids and of the most likely ones; see ``reference_sampling.score``. ``scratch``
+    ``[R, >= score_words(V)]``."""
+    assert_contiguous(logits.dtype, logits)
+    assert_contiguous(torch.int32, targets, top_ids)
+    assert_contiguous(torch.float32, logprobs, top_logprobs)
+    rows, vocabulary = logits.shape
+    assert targets.shape == logprobs.shape == (rows,) and top_ids.shape == top_logprobs.shape == (rows, MAX_LOGPROBS)
+    assert scratch.dtype == torch.float32 and scratch.stride(1) == 1
+    assert scratch.shape[0] >= rows and scratch.shape[1] >= score_words(vocabulary)
+    blocks = ceil_div(vocabulary, _BLOCK)
+    geometry = {
+        "SCRATCH_STRIDE": scratch.stride(0),
+        "VOCABULARY": vocabulary,
+        "BLOCKS": blocks,
+        "BLOCK": _BLOCK,
+        "num_warps": 4,
+        **pdl_options(),
+    }
+    score_blocks_kernel[(rows, blocks)](logits, scratch, **geometry)
+    outputs = (logprobs, top_ids, top_logprobs)
+    padded = next_power_of_two(blocks)
+    score_rows_kernel[(rows,)](logits, targets, scratch, *outputs, BLOCKS_PADDED=padded, **geometry)
 
 
 def _check(

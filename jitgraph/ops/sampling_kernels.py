@@ -25,7 +25,9 @@ _NUM_STOP = tl.constexpr(columns.NUM_STOP)
 _TEMPERATURE = tl.constexpr(columns.TEMPERATURE)
 _TOP_P = tl.constexpr(columns.TOP_P)
 _MIN_P = tl.constexpr(columns.MIN_P)
+_CONSTRAINED = tl.constexpr(columns.CONSTRAINED)
 _STOP_IDS = tl.constexpr(columns.STOP_IDS)
+_MASK_BITS = tl.constexpr(columns.MASK_BITS)
 _MAX_TOP = tl.constexpr(MAX_LOGPROBS)
 
 _NO_ID = tl.constexpr(2**31 - 1)
@@ -37,6 +39,15 @@ def _barred(x, ids, words, position):
     count = tl.where(position < tl.load(words + _MIN_LENGTH), tl.load(words + _NUM_STOP), 0)
     for i in range(count):
         x = tl.where(ids == tl.load(words + _STOP_IDS + i), float("-inf"), x)
+    return x
+
+
+@triton.jit
+def _allowed(x, ids, words, mask_row, VOCABULARY: tl.constexpr):
+    """x with -inf at the ids that the row's mask does not allow, if the row has one; the mask lies in host memory."""
+    if tl.load(words + _CONSTRAINED) != 0:
+        bits = tl.load(mask_row + ids // _MASK_BITS, mask=ids < VOCABULARY, other=0)
+        x = tl.where((bits >> (ids % _MASK_BITS)) & 1 != 0, x, float("-inf"))
     return x
 
 
@@ -122,11 +133,20 @@ def gumbel(ids, position, words):
     return -tl.log(-tl.log(u))
 
 
+@triton.jit
+def _store_mass(at, raw, first, BLOCKS: tl.constexpr):
+    """A block's maximum, its lowest id and the sum of exp(raw - maximum), BLOCKS words apart, for ``_report``."""
+    store_best(at, raw, first, BLOCKS)
+    top = tl.max(raw, 0)
+    centre = tl.where(top == float("-inf"), 0.0, top)
+    tl.store(at + 2 * BLOCKS, tl.sum(tl.exp(raw - centre), 0))
+
+
 @kernel
 def sample_blocks_kernel(
-    logits, sample_slot, sample_position, slots, history, scratch,
-    SLOT_STRIDE: tl.constexpr, SCRATCH_STRIDE: tl.constexpr, VOCABULARY: tl.constexpr, BLOCKS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    logits, sample_slot, sample_position, slots, history, masks, scratch,
+    SLOT_STRIDE: tl.constexpr, SCRATCH_STRIDE: tl.constexpr, MASK_STRIDE: tl.constexpr, VOCABULARY: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     enter(PDL)
@@ -143,6 +163,7 @@ def sample_blocks_kernel(
     raw = tl.load(logits + row * VOCABULARY + ids, mask=inside, other=float("-inf")).to(tl.float32)
     x = penalised(raw, ids, words, history + slot * VOCABULARY, VOCABULARY)
     x = _barred(biased(x, ids, first, words, BLOCK), ids, words, position)
+    x = _allowed(x, ids, words, masks + slot * MASK_STRIDE, VOCABULARY)
     base = scratch + row * SCRATCH_STRIDE
     at = base + tl.program_id(1)
     store_best(at, x, first, BLOCKS)
@@ -154,10 +175,7 @@ def sample_blocks_kernel(
         else:
             store_best(at + 2 * BLOCKS, scaled + gumbel(ids, position, words), first, BLOCKS)
     if tl.load(words + _NUM_LOGPROBS) >= 0:
-        store_best(at + 4 * BLOCKS, raw, first, BLOCKS)
-        top = tl.max(raw, 0)
-        centre = tl.where(top == float("-inf"), 0.0, top)
-        tl.store(at + 6 * BLOCKS, tl.sum(tl.exp(raw - centre), 0))
+        _store_mass(at + 4 * BLOCKS, raw, first, BLOCKS)
 
 
 @triton.jit
@@ -209,3 +227,36 @@ def sample_rows_kernel(
             logits + row * VOCABULARY, base + 4 * BLOCKS, b, token, wanted,
             logprobs + row, top_ids + row * _MAX_TOP, top_logprobs + row * _MAX_TOP, VOCABULARY, BLOCKS, BLOCK,
         )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------- score
+
+
+@kernel
+def score_blocks_kernel(
+    logits, scratch,
+    SCRATCH_STRIDE: tl.constexpr, VOCABULARY: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    enter(PDL)
+    row = tl.program_id(0)
+    first = tl.program_id(1) * BLOCK
+    ids = first + tl.arange(0, BLOCK)
+    raw = tl.load(logits + row * VOCABULARY + ids, mask=ids < VOCABULARY, other=float("-inf")).to(tl.float32)
+    _store_mass(scratch + row * SCRATCH_STRIDE + tl.program_id(1), raw, first, BLOCKS)
+
+
+@kernel
+def score_rows_kernel(
+    logits, targets, scratch, logprobs, top_ids, top_logprobs,
+    SCRATCH_STRIDE: tl.constexpr, VOCABULARY: tl.constexpr, BLOCKS: tl.constexpr, BLOCKS_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    enter(PDL)
+    row = tl.program_id(0)
+    _report(
+        logits + row * VOCABULARY, scratch + row * SCRATCH_STRIDE, tl.arange(0, BLOCKS_PADDED),
+        tl.load(targets + row), _MAX_TOP, logprobs + row, top_ids + row * _MAX_TOP, top_logprobs + row * _MAX_TOP,
+        VOCABULARY, BLOCKS, BLOCK,
+    )  # fmt: skip

@@ -44,6 +44,7 @@ class Ops:
     note_prompt: Op
     greedy: Op
     sample: Op
+    score: Op
     advance: Op
     rope_prefill_attention: Op | None = None
     """``rope_append`` and ``prefill_attention`` of a chunk in one; None where it gains nothing or changes a row's sums
@@ -129,6 +130,8 @@ class KernelWorkspace(NamedTuple):
     """Most splits of the keys in decode attention."""
     scratch_words: int = 1
     """float32 words of sampling scratch per row."""
+    score_words: int = 1
+    """float32 words of scratch per row of ``score``."""
     split_sums: int = 1
     """float32 words for products whose sum is split."""
     split_arrivals: int = 1
@@ -141,11 +144,12 @@ def kernel_workspace(ops: Ops, max_model_len: int, kv_heads: int, vocab_size: in
         return KernelWorkspace()
     from jitgraph.ops.attention import decode_splits
     from jitgraph.ops.linear import arrival_words, partial_words
-    from jitgraph.ops.sampling import scratch_words
+    from jitgraph.ops.sampling import score_words, scratch_words
 
     return KernelWorkspace(
         decode_splits(max_model_len, kv_heads),
         scratch_words(vocab_size),
+        score_words(vocab_size),
         partial_words(outputs),
         arrival_words(outputs),
     )

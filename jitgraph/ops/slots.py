@@ -43,6 +43,8 @@ FREQUENCY = 16
 PENALISED = 17
 """1 where a history of the slot's ids is kept: one of the three penalties is in use."""
 NUM_BIAS = 18
+CONSTRAINED = 19
+"""1 where the slot's row of the masks says which ids can be chosen."""
 STOP_IDS = 20
 BIAS_IDS = STOP_IDS + MAX_STOP_TOKEN_IDS
 """Ascending; the first ``NUM_BIAS`` count."""
@@ -52,6 +54,15 @@ BLOCK_TABLE = BIAS_VALUES + MAX_LOGIT_BIAS
 # The history: int32 ``[S, V]`` beside the table, kept for the slots that are ``PENALISED`` and stale for the others.
 IN_PROMPT = 1 << 30
 """Bit of a history word: the id stands in the prompt. The bits below count how often it was chosen as output."""
+
+# The masks: int32 ``[S, ceil(V / 32)]`` in host memory that the device reads. Bit i % 32 of word i // 32 is 1 where the
+# id i can be chosen next. The host writes them for the slots that are ``CONSTRAINED``; others hold anything.
+MASK_BITS = 32
+
+
+def mask_words(vocab_size: int) -> int:
+    """Words of a slot's mask."""
+    return -(-vocab_size // MASK_BITS)
 
 
 class SlotTable(NamedTuple):
@@ -108,8 +119,9 @@ class SlotTable(NamedTuple):
         return self.words[:, BLOCK_TABLE : BLOCK_TABLE + self.pages_per_slot]
 
 
-SCALARS = struct.Struct("@11i6f2i")
-"""The columns before ``STOP_IDS``, in their order: from ``NEXT_TOKEN``, from ``TEMPERATURE``, from ``PENALISED``."""
+SCALARS = struct.Struct("@11i6f2i4x")
+"""The columns before ``STOP_IDS``, in their order: from ``NEXT_TOKEN``, from ``TEMPERATURE``, from ``PENALISED``; then
+``CONSTRAINED``, which becomes 0."""
 
 
 def encode_row(
@@ -120,10 +132,11 @@ def encode_row(
     stop_ids: tuple[int, ...],
     seed: int,
     pages: list[int],
+    constrained: bool = False,
 ) -> None:
     """``pack_row`` into one host row ``[W]`` int32."""
     words = memoryview(out.numpy().data).cast("B")
-    pack_row(words, 0, out.numel(), params, prompt_length, max_length, stop_ids, seed, pages)
+    pack_row(words, 0, out.numel(), params, prompt_length, max_length, stop_ids, seed, pages, constrained)
 
 
 def pack_row(
@@ -136,12 +149,14 @@ def pack_row(
     stop_ids: tuple[int, ...],
     seed: int,
     pages: list[int],
+    constrained: bool = False,
 ) -> None:
     """Writes a freshly admitted sequence into the ``words`` of a row at byte ``offset`` of a buffer. On the path to the
     first token, hence few calls.
 
     ``stop_ids`` are the EOS and stop ids together, at most ``MAX_STOP_TOKEN_IDS``; ``pages`` cover
-    ``max_length - 1`` positions, the rest of the block table points at page 0.
+    ``max_length - 1`` positions, the rest of the block table points at page 0. Where the slot is ``constrained``, its
+    mask says all, ``min_tokens`` included: the two barring ids apart from each other might leave none.
     """
     bias = params.bias_entries
     unused = words - BLOCK_TABLE - len(pages)
@@ -151,7 +166,7 @@ def pack_row(
         offset,
         *(0, 0, 0),
         prompt_length,
-        min(prompt_length + params.min_tokens, max_length),
+        prompt_length if constrained else min(prompt_length + params.min_tokens, max_length),
         max_length,
         *params.kernel_ints,
         _signed(seed & 0xFFFFFFFF),
@@ -162,6 +177,8 @@ def pack_row(
         len(bias),
     )
     struct.pack_into(f"@{len(stop_ids)}i", buffer, offset + 4 * STOP_IDS, *stop_ids)
+    if constrained:
+        struct.pack_into("@i", buffer, offset + 4 * CONSTRAINED, 1)
     if bias:
         struct.pack_into(f"@{len(bias)}i", buffer, offset + 4 * BIAS_IDS, *(token for token, _ in bias))
         struct.pack_into(f"@{len(bias)}f", buffer, offset + 4 * BIAS_VALUES, *(value for _, value in bias))

@@ -94,13 +94,14 @@ class IncrementalDetokenizer:
     """Turns one sequence's generated ids into text as they come.
 
     The text continues the prompt: after a prompt with visible tokens the first word keeps its leading space, and
-    no text of the prompt shows. Special tokens are left out; ids without an entry show as ``<|id|>``.
+    no text of the prompt shows. Ids without an entry show as ``<|id|>``.
 
     Args:
         tokenizer: the tokenizer of the model.
         prompt_ids_tail: the prompt's ids, or a tail of them that holds its last 8 visible ones.
         stop: strings that end the text and are not part of it.
         min_tokens: a stop string counts only where its last character came with this token or a later one.
+        skip_special_tokens: leave the tokens out that steer the model.
 
     Raises:
         RequestError: an empty stop string, or a negative id.
@@ -112,8 +113,9 @@ class IncrementalDetokenizer:
         prompt_ids_tail: Sequence[int] = (),
         stop: tuple[str, ...] = (),
         min_tokens: int = 0,
+        skip_special_tokens: bool = True,
     ) -> None:
-        self._stream = TextStream(tokenizer.pieces)
+        self._stream = TextStream(tokenizer.pieces, skip_special_tokens)
         self._stream.prime(prompt_ids_tail)
         self._scanner = StopScanner(stop)
         self._min_tokens = min_tokens

@@ -1,4 +1,4 @@
-"""What callers may pass as prompts, made definite. No torch."""
+"""What callers may pass as prompts and sampling parameters, made definite. No torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jitgraph.errors import RequestError
+from jitgraph.types import SamplingParams
 
 Prompt = str | Sequence[int]
 """A text, or a list of token ids (any whole numbers: NumPy's and one-dimensional tensors serve as well)."""
@@ -40,6 +41,23 @@ def token_ids(prompt: Any) -> tuple[int, ...]:
     if not all(_is_whole(item) for item in items):
         raise RequestError("a prompt of token ids must be whole numbers only")
     return tuple(operator.index(item) for item in items)
+
+
+def as_params(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int, default: SamplingParams
+) -> list[SamplingParams]:
+    """Sampling parameters for each of ``count`` prompts.
+
+    Raises:
+        RequestError: a list of another length.
+    """
+    if params is None:
+        return [default] * count
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise RequestError(f"{len(params)} sampling parameters for {count} prompts: give one, or one for each prompt")
+    return list(params)
 
 
 def _items(value: Any) -> list[Any]:

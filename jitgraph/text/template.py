@@ -1,7 +1,7 @@
 """Chat templates: a conversation to the prompt text that a model was trained on.
 
 No torch. A template is code that came with a checkpoint, so it runs in jinja2's immutable sandbox: no attributes
-that start with an underscore, no changes to what it is given, bounded repetition, a bounded source and result.
+that start with an underscore, no changes to what it is given, bounded operations, a bounded source and result.
 Always holds: the text equals what transformers renders from the same template and messages.
 """
 
@@ -18,17 +18,14 @@ from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from jitgraph.errors import CheckpointError, RequestError
+from jitgraph.text.sandbox import MAX_TEXT_CHARS, Sandbox
 
 MAX_TEMPLATE_CHARS = 1_000_000
 """Longest template source; the largest published ones have some ten thousand characters."""
-MAX_PROMPT_CHARS = 16_000_000
+MAX_PROMPT_CHARS = MAX_TEXT_CHARS
 """Longest rendered conversation, far above any model's context."""
-_MAX_REPEATED_ITEMS = 1_000_000
-_MAX_POWER_BITS = 4096
 
 
 class _Refusal(Exception):
@@ -50,22 +47,6 @@ class _GenerationBlock(Extension):
         return nodes.Scope(body, lineno=lineno)
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """The sandbox, with products and powers bounded so that one expression cannot fill the memory."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "*":
-            for items, count in ((left, right), (right, left)):
-                sized = isinstance(items, (str, bytes, list, tuple)) and isinstance(count, int)
-                if sized and len(items) * count > _MAX_REPEATED_ITEMS:
-                    raise SecurityError(f"a sequence repeated to over {_MAX_REPEATED_ITEMS} items")
-        elif isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > _MAX_POWER_BITS:
-            raise SecurityError(f"a power of over {_MAX_POWER_BITS} bits")
-        return super().call_binop(context, operator, left, right)
-
-
 def _raise_exception(message: str) -> NoReturn:
     raise _Refusal(message)
 
@@ -85,13 +66,14 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _environment() -> _Sandbox:
-    environment = _Sandbox(
+def _environment() -> Sandbox:
+    environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlock]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
+    environment.bound_filters()
     return environment
 
 

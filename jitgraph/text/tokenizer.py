@@ -197,6 +197,16 @@ class Tokenizer:
         template = self._chat_templates.get("default")
         return None if template is None else template.source
 
+    def serialised(self) -> str:
+        """The whole tokenizer as a tokenizer.json, with the added tokens that only other files of its folder name."""
+        return str(self._backend.to_str())
+
+    @property
+    def tool_template(self) -> str | None:
+        """Source of the template for conversations with tools: ``tool_use`` where there is one, else the default."""
+        template = self._chat_templates.get("tool_use")
+        return self.chat_template if template is None else template.source
+
     def _id_of(self, name: str) -> int | None:
         text = self.special_tokens.get(name)
         return None if text is None else self._backend.token_to_id(text)
@@ -276,3 +286,17 @@ class Tokenizer:
         """
         text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, tools=tools, variables=variables)
         return self.encode(text, add_special_tokens=False)
+
+
+def find_tokenizer(folder: Path | None) -> Tokenizer | None:
+    """The folder's tokenizer, the bundled one for presets (None), and None for a checkpoint that comes without any.
+
+    Raises:
+        CheckpointError: as ``Tokenizer.from_folder``.
+    """
+    if folder is None:
+        return Tokenizer.from_folder(bundled_tokenizer_folder())
+    known = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    if not any((folder / name).exists() for name in known):
+        return None
+    return Tokenizer.from_folder(folder)

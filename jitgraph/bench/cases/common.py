@@ -78,39 +78,51 @@ def process_peak_bytes() -> int:
 
 
 class EngineCase:
-    """This project's engine under the settings of one case."""
+    """This project's engine under the settings of one case. Its cache of earlier prompts is off: the same prompt is
+    served many times, and a hit would time something else."""
 
-    def __init__(self, ops: str, graphs: bool, fused_sampling: bool, **settings: Any) -> None:
-        """``settings``: further fields of ``EngineConfig``; all others are as users get them."""
+    def __init__(
+        self, ops: str, graphs: bool, fused_sampling: bool, *, isolated: bool = False, **settings: Any
+    ) -> None:
+        """``isolated``: the engine has a process of its own, and every timed call includes the way to it and back.
+        ``settings``: further fields of ``EngineConfig``; all others are as users get them."""
         self._ops = ops
         self._graphs = graphs
-        self._settings = {"graphs": graphs, "fused_sampling": fused_sampling, **settings}
+        self.isolated = isolated
+        """To be changed before ``load`` by whoever looks inside the engine."""
+        self._settings = {"graphs": graphs, "fused_sampling": fused_sampling, "prefix_cache": False, **settings}
         self._cuda = False
+        self._arguments: dict[str, Any] = {}
         self._llm: Any = None
 
     def load(self, plan: Plan) -> None:
         """Builds the engine; graphs are captured for the buckets and for every benchmark length that is no bucket."""
         from jitgraph.config import DEFAULT_PREFILL_BUCKETS
-        from jitgraph.llm import LLM
 
         self._cuda = plan.device.startswith("cuda")
         buckets = DEFAULT_PREFILL_BUCKETS
         exact = tuple(n for n in plan.prompt_lengths if n not in buckets and n <= buckets[-1])
-        self._llm = LLM(
-            model=plan.model,
-            weights=plan.weights,
-            seed=plan.seed,
-            device=plan.device,
-            dtype=plan.dtype,
-            max_model_len=plan.max_model_len,
-            max_streams=1,
-            precapture_lengths=exact if self._graphs else (),
-            ops=self._ops if self._cuda else "torch",
+        self._arguments = {
+            "model": plan.model,
+            "weights": plan.weights,
+            "seed": plan.seed,
+            "device": plan.device,
+            "dtype": plan.dtype,
+            "max_model_len": plan.max_model_len,
+            "max_streams": 1,
+            "precapture_lengths": exact if self._graphs else (),
+            "ops": self._ops if self._cuda else "torch",
             **self._settings,
-        )
+        }
+        self._open(self.isolated)
+
+    def _open(self, isolated: bool) -> None:
+        from jitgraph.llm import LLM
+
+        self._llm = LLM(**self._arguments, isolated=isolated)
 
     def first_token(self, token_ids: list[int]) -> FirstToken:
-        """See ``Case``. In one process the client's figure and the engine's part at the hand-over of the token."""
+        """See ``Case``. The engine's figure ends where its process has the token; the client's, where this one has."""
         from jitgraph.types import SamplingParams
 
         params = SamplingParams(max_tokens=1, ignore_eos=True)
@@ -144,15 +156,18 @@ class EngineCase:
         """See ``Case``."""
         stats = self._llm.stats()
         noted = ("captures", "compiles_after_ready", "graphs_left_out", "ready_ms")
-        config = self._llm._engine.config
-        rolling = config.graphs and config.rolling and config.graph_scope == "step"
-        described = {"engine": "jitgraph", **self._llm.describe(), "rolling": rolling}
+        about = self._llm.describe()
+        rolling = about["graphs"] and about["graph_scope"] == "step" and self._settings.get("rolling", True)
+        described = {"engine": "jitgraph", **about, "isolated": self.isolated, "rolling": rolling}
         return {**described, **{name: stats[name] for name in noted}}
 
     def attribution(self, token_ids: list[int]) -> dict[str, float]:
-        """See ``Case``."""
+        """See ``Case``. It looks inside the engine, so one in a process of its own is closed and opened in this one."""
         from jitgraph.bench.attribution import engine_attribution
 
+        if self.isolated:
+            self._llm.close()
+            self._open(isolated=False)
         return engine_attribution(self._llm, token_ids, self._cuda)
 
     def close(self) -> None:

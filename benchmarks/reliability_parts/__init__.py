@@ -1,0 +1,1 @@
+"""The parts of `benchmarks/reliability.py`, one topic a file: what is broken on purpose, and what must follow."""

@@ -1,0 +1,94 @@
+"""What every part shares: the model, known answers, a server, a client, and where progress is told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import numpy as np
+
+from jitgraph.server.runtime_folder import RuntimeFolder
+from reliability_parts.answers import CONTEXT_TOKENS, Known, known_answers
+from reliability_parts.served import Served
+
+KNOWN = 48
+CONNECTIONS = 64
+
+
+class Part(NamedTuple):
+    """What a part found."""
+
+    figures: dict[str, Any]
+    about: dict[str, Any]
+    """Conditions, and what the figures leave out."""
+
+
+class Lab:
+    """One run's model, device and scale."""
+
+    def __init__(
+        self,
+        model: str,
+        weights: str,
+        device: str,
+        say: Callable[[str], None],
+        minutes: float,
+        frames: int,
+        cancels: int,
+        quick: bool,
+    ) -> None:
+        self.model = model
+        self.weights = weights
+        self.device = device
+        self.say = say
+        self.minutes = minutes
+        self.frames = frames
+        self.cancels = cancels
+        self.quick = quick
+        self._answers: list[Known] | None = None
+
+    def answers(self) -> list[Known]:
+        """Requests with known answers, worked out at the first call."""
+        if self._answers is None:
+            count = 12 if self.quick else KNOWN
+            self.say(f"  {count} answers of LLM({self.model!r}) to compare with")
+            self._answers = known_answers(self.model, self.weights, self.device, count)
+        return self._answers
+
+    def serve(self, *options: str) -> Served:
+        """A server that is being started; answers to compare with are there before it has anything to do."""
+        self.answers()
+        return Served(self.model, *self.engine_options, "--batch-invariant", "--request-log", "none", *options)
+
+    def serve_fast(self) -> Served:
+        """A server whose answers are not compared: sums may come out in any order."""
+        return Served(self.model, *self.engine_options, "--request-log", "none")
+
+    @property
+    def engine_options(self) -> tuple[str, ...]:
+        """What `jitgraph serve` and `jitgraph engine` are both given."""
+        return ("--device", self.device, "--weights", self.weights, "--max-model-len", str(CONTEXT_TOKENS))
+
+    def with_client(self, url: str, act: Callable[[httpx.AsyncClient], Awaitable[None]]) -> None:
+        """Runs ``act`` with a client of the server."""
+
+        async def main() -> None:
+            limits = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS)
+            async with httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(120.0), limits=limits) as client:
+                await act(client)
+
+        asyncio.run(main())
+
+    @staticmethod
+    def next_start_cleans(folder: Path) -> list[str]:
+        """What the next server's start leaves of a dead one's files."""
+        RuntimeFolder(folder).remove()
+        return [str(path.relative_to(folder)) for path in folder.rglob("*")]
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Between the nearest two values; infinite where there are none."""
+    return float(np.quantile(np.asarray(values), share)) if values else float("inf")

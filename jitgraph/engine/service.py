@@ -1,0 +1,277 @@
+"""The engine process's loop: clients in, steps, tokens out, and idle work between. No torch.
+
+One thread owns engine and sockets. It looks at the sockets between any two steps and any two pieces of idle work, and
+waits in the poller when there is neither, so a request that finds the engine idle is launched by the thread that reads
+it, before anything else is looked at. It never waits for a client.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from jitgraph.engine.service_figures import Figures
+from jitgraph.engine.service_hub import Client, Hub
+from jitgraph.engine.service_requests import Grammars, Limits, RequestEngine, Requests
+from jitgraph.errors import CompileError, DeviceError
+from jitgraph.ipc.frames import ProtocolError
+from jitgraph.ipc.messages import (
+    BEAT_S,
+    AskStats,
+    Beat,
+    Cancel,
+    Drain,
+    EngineFacts,
+    FromClient,
+    Ready,
+    Stats,
+    Submit,
+)
+from jitgraph.types import TokenChunk
+
+QUIET_S = 2e-3
+"""How long it must have been quiet before graphs are captured: the next request often comes at once."""
+TIDY_S = 0.1
+"""How long it must have been quiet before garbage is collected."""
+IDLE_AGAIN_S = 5.0
+"""Idle work that failed is tried again after so long."""
+MOST_FAILURES = 3
+"""Failures of the engine in a row, without a token between them, after which the process gives up."""
+_BEAT_EVERY_S = 0.8 * BEAT_S
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class Load(Protocol):
+    """How busy an engine is."""
+
+    @property
+    def running(self) -> int: ...
+
+    @property
+    def waiting(self) -> int: ...
+
+    @property
+    def free_pages(self) -> int: ...
+
+    @property
+    def total_pages(self) -> int: ...
+
+    @property
+    def steps(self) -> int: ...
+
+
+class EngineReport(Protocol):
+    """An engine's figures; ``report.Report`` has them."""
+
+    def load(self) -> Load: ...
+
+    def begun(self) -> set[int]: ...
+
+    def counters(self) -> dict[str, Any]: ...
+
+
+class ServedEngine(RequestEngine, Protocol):
+    """What the loop needs of an engine; ``Engine`` has it."""
+
+    @property
+    def busy(self) -> bool: ...
+
+    @property
+    def idle_work(self) -> bool: ...
+
+    @property
+    def capturing(self) -> bool: ...
+
+    def launch(self) -> None: ...
+
+    def step(self) -> list[TokenChunk]: ...
+
+    def work_while_idle(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class ServiceOptions:
+    """How a service behaves."""
+
+    max_queued: int = 64
+    """Requests that may wait besides those that run."""
+    spin_s: float = 0.0
+    """For how long after the last request the thread polls without sleeping: a quicker answer for a busy core."""
+
+
+class Service:
+    """One engine and its clients, from ready to the end."""
+
+    def __init__(
+        self,
+        engine: ServedEngine,
+        report: EngineReport,
+        hub: Hub,
+        ready: Ready,
+        options: ServiceOptions | None = None,
+        tidy: Callable[[], None] | None = None,
+        grammars: Grammars | None = None,
+    ) -> None:
+        """``tidy`` is called when it has been quiet for a while after requests. ``grammars``: see ``Requests``. The hub
+        is this thread's from now on."""
+        options = options or ServiceOptions()
+        facts = ready.facts
+        self.figures = Figures()
+        self._engine = engine
+        self._report = report
+        self._hub = hub
+        self._ready = ready
+        self._spin_s = options.spin_s
+        self._tidy = tidy
+        limits = Limits(facts.max_streams, options.max_queued, facts.max_model_len)
+        self._requests = Requests(engine, hub, limits, self.figures, self._failed, grammars)
+        self._end_at_s: float | None = None
+        self._fatal: str | None = None
+        self._failure: Exception | None = None
+        self._failures_in_a_row = 0
+        self._beat_at_s = self._idle_again_s = 0.0
+        self._active_s = time.monotonic()
+        self._untidy = False
+        hub.handler = self
+
+    # ------------------------------------------------------------------------------------------------------------- loop
+
+    def run(self) -> str | None:
+        """Serves until the end, and says goodbye to all; returns why the engine failed, None where it was told to
+        end."""
+        self._hub.broadcast(self._ready)
+        while not self._over():
+            if self._engine.busy:
+                self._hub.look(0.0)
+                self._step()
+            else:
+                self._idle()
+            if self._requests.compiling:
+                self._requests.look_at_grammars()
+            if time.monotonic() >= self._beat_at_s:
+                self._beat()
+        if self._fatal is None:
+            self._requests.end_all("draining", "the engine process ended before this request was done")
+        self._hub.close(self._fatal or "the engine process has ended as it was told to")
+        return self._fatal
+
+    def _over(self) -> bool:
+        if self._fatal is not None:
+            return True
+        return self._end_at_s is not None and (not self._requests or time.monotonic() >= self._end_at_s)
+
+    def drain(self, timeout_s: float) -> None:
+        """No more requests; ends once the running ones are done, or after ``timeout_s``. A second call can only bring
+        the end nearer. May be called by a signal's handler."""
+        self._requests.closed_because = "the engine process is ending: try again later"
+        end_at_s = time.monotonic() + timeout_s
+        self._end_at_s = end_at_s if self._end_at_s is None else min(end_at_s, self._end_at_s)
+        self._hub.wake()
+
+    @property
+    def draining(self) -> bool:
+        """Whether the end has been asked for."""
+        return self._end_at_s is not None
+
+    def _step(self) -> None:
+        engine, requests = self._engine, self._requests
+        try:
+            if requests.unlaunched:
+                engine.launch()
+                requests.note_launched(self._report.begun())
+            chunks = engine.step()
+        except Exception as error:
+            self._failed(error)
+            return
+        failure, self._failure = self._failure, None
+        if chunks:
+            requests.deliver(chunks, failure)
+            self._active_s, self._untidy = time.monotonic(), True
+            if failure is None:
+                self._failures_in_a_row = 0
+
+    def _failed(self, error: Exception, idle: bool = False) -> None:
+        """The engine raised something. Mostly it has ended all requests and can go on; the next step tells which."""
+        self.figures.failures[type(error).__name__] += 1
+        self._failures_in_a_row += not idle
+        self._failure = error
+        _LOGGER.error("the engine failed", exc_info=error)
+        lost = isinstance(error, DeviceError) and not isinstance(error, CompileError)
+        if lost or self._failures_in_a_row > MOST_FAILURES:
+            self._fatal = f"the engine failed: {error}"
+
+    # ------------------------------------------------------------------------------------------------------------- idle
+
+    def _idle(self) -> None:
+        """Nothing runs: a piece of idle work, or waiting for a client."""
+        now = time.monotonic()
+        quiet_s, wait_s = now - self._active_s, self._beat_at_s - now
+        if now >= self._idle_again_s and self._engine.idle_work:
+            if quiet_s >= QUIET_S or not self._engine.capturing:
+                self._hub.look(0.0)
+                if not self._engine.busy:
+                    self._idle_piece()
+                return
+            wait_s = min(wait_s, QUIET_S - quiet_s)
+        elif self._untidy and self._tidy is not None:
+            if quiet_s >= TIDY_S:
+                self._untidy = False
+                self._tidy()
+                return
+            wait_s = min(wait_s, TIDY_S - quiet_s)
+        if self._end_at_s is not None:
+            wait_s = min(wait_s, self._end_at_s - now)
+        self._hub.look(0.0 if quiet_s < self._spin_s else max(0.0, wait_s))
+
+    def _idle_piece(self) -> None:
+        try:
+            self._engine.work_while_idle()
+        except Exception as error:
+            self._idle_again_s = time.monotonic() + IDLE_AGAIN_S
+            self._failed(error, idle=True)
+
+    def _beat(self) -> None:
+        self._beat_at_s = time.monotonic() + _BEAT_EVERY_S
+        self._hub.broadcast(self._pulse())
+        self._hub.tick()
+
+    def _pulse(self) -> Beat:
+        load = self._report.load()
+        return Beat(time.perf_counter_ns(), load.running, load.waiting, load.free_pages, load.total_pages, load.steps)
+
+    # ---------------------------------------------------------------------------------------------------------- clients
+
+    @property
+    def facts(self) -> EngineFacts | None:
+        """For clients that come now."""
+        return self._ready.facts
+
+    def joined(self, client: Client) -> None:
+        """Tells a new client that it may begin."""
+        self._hub.send(client, self._ready)
+        self._hub.send(client, self._pulse())
+
+    def hear(self, client: Client, record: FromClient) -> None:
+        """What a client says."""
+        if type(record) is Submit:
+            self._requests.submit(client, record)
+            self._active_s, self._untidy = time.monotonic(), True
+        elif type(record) is Cancel:
+            self._requests.cancel(client, record.request_id)
+        elif type(record) is AskStats:
+            self._hub.send(client, Stats({**self._report.counters(), **self.figures.values()}))
+        elif type(record) is Drain:
+            if not 0.0 <= record.timeout_s < math.inf:
+                raise ProtocolError(f"a drain's timeout must be a number of seconds from 0 up, not {record.timeout_s}")
+            self.drain(record.timeout_s)
+        else:
+            raise ProtocolError("Hello comes once")
+
+    def left(self, client: Client) -> None:
+        """A client is gone, and its requests with it."""
+        self._requests.left(client)

@@ -1,0 +1,259 @@
+"""The clients of one engine process: accepting, greeting, reading, sending, parting. No torch.
+
+One thread at a time owns a hub: before ready the lobby's, then the engine's. Always holds: nothing here waits for a
+client. One that breaks the protocol, or leaves too much unread, loses its own connection and disturbs nobody else.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Protocol
+
+from jitgraph.ipc.frames import ProtocolError, encode
+from jitgraph.ipc.listener import Listener
+from jitgraph.ipc.messages import PROTOCOL, EngineFacts, FromClient, Goodbye, Hello, Message, Welcome
+from jitgraph.ipc.sockets import MAX_UNSENT_BYTES, Connection
+
+MAX_CLIENTS = 64
+"""Connections at once; further ones are sent away with a reason."""
+HELLO_S = 10.0
+"""A connection that has not said hello for so long is closed."""
+RECORDS_A_LOOK = 64
+"""Records of one client that are handled in one look: whoever floods the engine holds up nobody else."""
+_ACCEPT_AGAIN_S = 1.0
+_READ = select.EPOLLIN
+_BOTH = select.EPOLLIN | select.EPOLLOUT
+
+
+class Client:
+    """One connection."""
+
+    __slots__ = ("connection", "name", "opened_s", "pid", "records", "requests", "welcomed", "writing")
+
+    def __init__(self, connection: Connection[FromClient], pid: int) -> None:
+        self.connection = connection
+        self.pid = pid
+        self.name = ""
+        self.opened_s = time.monotonic()
+        self.welcomed = False
+        """Whether it has said hello in the right version."""
+        self.records: Iterator[FromClient] | None = None
+        """What has arrived and was too much for one look."""
+        self.writing = False
+        """Whether the poller watches for room to write."""
+        self.requests: dict[int, int] = {}
+        """Its running requests: the engine's id by the client's own."""
+
+
+class Handler(Protocol):
+    """Who makes something of what clients say."""
+
+    @property
+    def facts(self) -> EngineFacts | None:
+        """For ``Welcome``: None until the engine is ready."""
+
+    def joined(self, client: Client) -> None:
+        """A client has been welcomed."""
+
+    def hear(self, client: Client, record: FromClient) -> None:
+        """A record of a welcomed client. Raises ``ProtocolError`` where it should not have been sent."""
+
+    def left(self, client: Client) -> None:
+        """A client is gone, or was sent away; nothing can be sent to it any more."""
+
+
+class Hub:
+    """Listener, connections and the poller that watches them."""
+
+    def __init__(self, listener: Listener, most_unsent: int = MAX_UNSENT_BYTES) -> None:
+        self.listener = listener
+        self.handler: Handler | None = None
+        self._most_unsent = most_unsent
+        self._clients: dict[int, Client] = {}
+        self._behind: set[Client] = set()
+        self._accept_again_s: float | None = None
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._epoll = select.epoll()
+        self._epoll.register(listener.fileno(), _READ)
+        self._epoll.register(self._bell, _READ)
+
+    @property
+    def clients(self) -> list[Client]:
+        """Those that have been welcomed."""
+        return [client for client in self._clients.values() if client.welcomed]
+
+    def wake(self) -> None:
+        """Ends a ``look`` that waits. From any thread, or a signal's handler."""
+        with suppress(OSError, ValueError):  # it has been closed
+            os.eventfd_write(self._bell, 1)
+
+    # ---------------------------------------------------------------------------------------------------------- reading
+
+    def look(self, timeout_s: float) -> None:
+        """Handles what clients have sent, some records of each; waits for it at most so long."""
+        behind = tuple(self._behind)
+        for descriptor, events in self._epoll.poll(0.0 if behind else timeout_s):
+            client = self._clients.get(descriptor)
+            if client is not None:
+                if events & select.EPOLLOUT:
+                    self._flush(client)
+                if events & ~select.EPOLLOUT and not client.connection.closed:
+                    self._read(client)
+            elif descriptor == self._bell:
+                os.eventfd_read(self._bell)
+            elif descriptor == self.listener.fileno():
+                self._accept()
+        for client in behind:
+            if client.records is not None:
+                self._read(client)
+
+    def _read(self, client: Client) -> None:
+        records, client.records = client.records or client.connection.receive(), None
+        self._behind.discard(client)
+        count = 0
+        try:
+            for record in records:
+                self._hear(client, record)
+                if client.connection.closed:
+                    return
+                count += 1
+                if count >= RECORDS_A_LOOK:
+                    client.records = records
+                    self._behind.add(client)
+                    return
+        except ProtocolError as error:
+            self.dismiss(client, str(error))
+
+    def _hear(self, client: Client, record: FromClient) -> None:
+        assert self.handler is not None
+        if client.welcomed:
+            self.handler.hear(client, record)
+        elif type(record) is not Hello:
+            raise ProtocolError("the first record must be Hello")
+        elif record.version != PROTOCOL:
+            raise ProtocolError(
+                f"this engine speaks version {PROTOCOL} of the protocol, the client version {record.version}: "
+                "use one version of jitgraph on both sides"
+            )
+        else:
+            client.name, client.welcomed = record.name, True
+            self.send(client, Welcome(PROTOCOL, os.getpid(), self.handler.facts))
+            if not client.connection.closed:
+                self.handler.joined(client)
+
+    def _accept(self) -> None:
+        try:
+            accepted = self.listener.accept(self._most_unsent)
+        except OSError:  # too many open files: the queue waits until somebody leaves
+            self._epoll.unregister(self.listener.fileno())
+            self._accept_again_s = time.monotonic() + _ACCEPT_AGAIN_S
+            return
+        if accepted is None:
+            return
+        client = Client(*accepted)
+        self._clients[client.connection.fileno()] = client
+        self._epoll.register(client.connection.fileno(), _READ)
+        if len(self._clients) > MAX_CLIENTS:
+            self.dismiss(client, f"this engine has {MAX_CLIENTS} clients already: close one of them")
+
+    def tick(self) -> None:
+        """Now and then: closes what never said hello, and accepts again."""
+        now = time.monotonic()
+        for client in [one for one in self._clients.values() if not one.welcomed and now - one.opened_s > HELLO_S]:
+            self.dismiss(client, f"no Hello within {HELLO_S:g} s")
+        if self._accept_again_s is not None and now >= self._accept_again_s:
+            self._accept_again_s = None
+            self._epoll.register(self.listener.fileno(), _READ)
+
+    # ---------------------------------------------------------------------------------------------------------- sending
+
+    def send(self, client: Client, record: Message) -> None:
+        """Sends a record, now or as soon as the client reads; one that can get none is dropped.
+
+        Raises:
+            ProtocolError: the record is too large for any frame.
+        """
+        self.send_frame(client, encode(record))
+
+    def send_frame(self, client: Client, frame: bytes) -> None:
+        """``send`` for records that are encoded already."""
+        connection = client.connection
+        if connection.closed:
+            return
+        try:
+            connection.send_frame(frame)
+        except ProtocolError:
+            self.drop(client)
+            return
+        if connection.unsent and not client.writing:
+            client.writing = True
+            self._epoll.modify(connection.fileno(), _BOTH)
+
+    def broadcast(self, record: Message) -> None:
+        """Sends a record to all."""
+        frame = encode(record)
+        for client in self.clients:
+            self.send_frame(client, frame)
+
+    def _flush(self, client: Client) -> None:
+        connection = client.connection
+        try:
+            connection.flush()
+        except ProtocolError:
+            self.drop(client)
+            return
+        if not connection.unsent:
+            client.writing = False
+            self._epoll.modify(connection.fileno(), _READ)
+
+    # ---------------------------------------------------------------------------------------------------------- parting
+
+    def dismiss(self, client: Client, reason: str) -> None:
+        """Closes a connection; the client is told why, if it still listens."""
+        with suppress(ProtocolError):
+            client.connection.send(Goodbye(reason))
+        self.drop(client)
+
+    def drop(self, client: Client) -> None:
+        """Closes a connection at once. May be called more than once."""
+        connection = client.connection
+        if connection.closed:
+            return
+        del self._clients[connection.fileno()]
+        self._behind.discard(client)
+        self._epoll.unregister(connection.fileno())
+        client.records = None
+        connection.close()
+        if self.handler is not None:
+            self.handler.left(client)
+
+    def close(self, reason: str, patience_s: float = 1.0) -> None:
+        """Says goodbye to all, gives what they have not read yet so long to leave, and closes everything. Further
+        calls do nothing."""
+        if self._epoll.closed:
+            return
+        self.listener.remove()
+        self.handler = None
+        self._say_goodbye(reason, time.monotonic() + patience_s)
+        for client in list(self._clients.values()):
+            self.drop(client)
+        self.listener.close()
+        self._epoll.close()
+        bell, self._bell = self._bell, -1
+        os.close(bell)
+
+    def _say_goodbye(self, reason: str, deadline_s: float) -> None:
+        for client in list(self._clients.values()):
+            with suppress(ProtocolError):
+                client.connection.send(Goodbye(reason))
+        while any(one.connection.unsent for one in self._clients.values()) and time.monotonic() < deadline_s:
+            for client in list(self._clients.values()):
+                try:
+                    client.connection.flush()
+                except ProtocolError:
+                    self.drop(client)
+            time.sleep(1e-3)

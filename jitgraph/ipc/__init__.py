@@ -1,0 +1,1 @@
+"""How an engine process and those who use it talk: messages, frames, sockets. No torch."""

@@ -1,0 +1,238 @@
+"""Unix sockets that only their owner can reach, and a connection that never makes its owner wait.
+
+A socket lies in a folder of mode 0700; whoever connects or accepts also checks that the peer's process has the same
+user (``SO_PEERCRED``).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import stat
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from jitgraph.errors import ConfigError
+from jitgraph.ipc.frames import Framer, ProtocolError, encode
+from jitgraph.ipc.messages import Message
+
+MAX_PATH_BYTES = 107
+"""Longest path of a Unix socket on Linux."""
+MAX_UNSENT_BYTES = 8 * 2**20
+"""What may wait for a slow reader before its connection is given up."""
+_READ_BYTES = 64 * 1024
+_BACKLOG = 64
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
+
+T = TypeVar("T")
+
+
+def private_folder(path: Path) -> Path:
+    """Makes a folder that only this user can enter, or checks that it is one.
+
+    Raises:
+        ConfigError: it belongs to somebody else, or others can enter it, or it cannot be made.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = path.lstat()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be made: {error.strerror}") from error
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise ConfigError(f"{path} must be a folder of yours that nobody else can enter: chmod 700 it, or name another")
+    return path
+
+
+def listen(path: Path) -> socket.socket:
+    """A listening socket at ``path``, non-blocking. What an engine that died has left there is removed; one that lives
+    is not.
+
+    Raises:
+        ConfigError: an engine listens there, something else lies there, or the path does not do for a socket.
+    """
+    if len(os.fsencode(path)) > MAX_PATH_BYTES:
+        raise ConfigError(f"the socket's path must be at most {MAX_PATH_BYTES} bytes long: {path}")
+    private_folder(path.parent)
+    with _one_at_a_time(path.parent):
+        _remove_stale(path)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            listener.bind(str(path))
+            os.chmod(path, 0o600)
+            listener.listen(_BACKLOG)
+            listener.setblocking(False)
+        except OSError as error:
+            listener.close()
+            raise ConfigError(f"cannot listen at {path}: {error.strerror}") from error
+    return listener
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Of two engines that start at once, neither takes the other's socket, bound but not yet listening, for a stale
+    one. The lock ends with its process, and leaves no file."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_stale(path: Path) -> None:
+    try:
+        is_socket = stat.S_ISSOCK(path.lstat().st_mode)
+    except FileNotFoundError:
+        return
+    if not is_socket:
+        raise ConfigError(f"{path} exists and is no socket: remove it or name another")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+        except FileNotFoundError:
+            return
+        except (BlockingIOError, TimeoutError):
+            pass  # somebody listens, and is too busy to accept
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be looked at: {error.strerror}") from error
+    raise ConfigError(f"an engine listens at {path} already: stop it or name another socket")
+
+
+def connect(path: Path, timeout_s: float | None = None) -> socket.socket:
+    """A connected socket, in blocking mode with that timeout.
+
+    Raises:
+        OSError: nobody listens there.
+        PermissionError: another user's process does.
+    """
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.settimeout(timeout_s)
+        connection.connect(str(path))
+        check_peer(connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def check_peer(connection: socket.socket) -> int:
+    """The process id at the other end.
+
+    Raises:
+        PermissionError: it belongs to another user.
+    """
+    packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, uid, _ = _CREDENTIALS.unpack(packed)
+    if uid != os.getuid():
+        raise PermissionError(errno.EPERM, f"process {pid} of user {uid} is not allowed to talk to this one")
+    return int(pid)
+
+
+class Connection(Generic[T]):
+    """One end of a connection, never blocking: what cannot be sent now waits here, up to a limit.
+
+    One thread. Its owner polls ``fileno`` for reading, and for writing while ``unsent``. After a failed ``send`` or
+    ``flush`` nothing more is sent, since a frame may have gone out in part; what has arrived can still be received.
+    """
+
+    def __init__(self, connected: socket.socket, framer: Framer[T], most_unsent: int = MAX_UNSENT_BYTES) -> None:
+        connected.setblocking(False)
+        self._socket = connected
+        self._framer = framer
+        self._most = most_unsent
+        self._unsent = bytearray()
+        self._broken = ""
+        self.closed = False
+
+    def fileno(self) -> int:
+        """For pollers."""
+        return self._socket.fileno()
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that wait to be sent."""
+        return len(self._unsent)
+
+    def send(self, message: Message) -> None:
+        """Sends a record, or keeps it until ``flush`` can.
+
+        Raises:
+            ProtocolError: the record cannot be encoded; the other side has not read for so long that the limit is
+                reached; or it is gone.
+        """
+        self.send_frame(encode(message))
+
+    def send_frame(self, frame: bytes) -> None:
+        """``send`` for a record that is encoded already. One frame may be larger than the limit where none waits."""
+        self._check_usable()
+        if not self._unsent:
+            self._unsent += frame[self._write(frame) :]
+        elif len(self._unsent) + len(frame) > self._most:
+            raise self._failed(f"the other side left more than {self._most} bytes unread")
+        else:
+            self._unsent += frame
+
+    def _check_usable(self) -> None:
+        if self.closed:
+            raise ProtocolError("the connection is closed")
+        if self._broken:
+            raise ProtocolError(self._broken)
+
+    def _failed(self, reason: str) -> ProtocolError:
+        self._broken = reason
+        self._unsent.clear()
+        return ProtocolError(reason)
+
+    def flush(self) -> None:
+        """Sends what waits, as much as goes.
+
+        Raises:
+            ProtocolError: the other side is gone.
+        """
+        while self._unsent:
+            self._check_usable()
+            sent = self._write(memoryview(self._unsent)[:_READ_BYTES].tobytes())
+            if not sent:
+                return
+            del self._unsent[:sent]
+
+    def _write(self, data: bytes) -> int:
+        try:
+            return self._socket.send(data, socket.MSG_NOSIGNAL)
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError as error:
+            raise self._failed(f"the other side is gone: {error.strerror}") from error
+
+    def receive(self) -> Iterator[T]:
+        """The records that have arrived, without waiting.
+
+        Raises:
+            ProtocolError: the other side is gone, or does not keep to the protocol.
+        """
+        try:
+            data = self._socket.recv(_READ_BYTES)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            raise ProtocolError(f"the other side is gone: {error.strerror}") from error
+        if not data:
+            raise ProtocolError("the other side has closed the connection")
+        yield from self._framer.feed(data)
+
+    def close(self) -> None:
+        """Closes it, at once. May be called more than once."""
+        self.closed = True
+        self._unsent.clear()
+        with suppress(OSError):
+            self._socket.close()

@@ -1,0 +1,1 @@
+"""The process in front of the engine: client, supervisor, HTTP. No torch."""

@@ -1,0 +1,115 @@
+"""Runs the application under uvicorn, with caps on what uvicorn itself takes before the application is asked.
+
+Event loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from jitgraph.server.openai.errors import ApiError
+from jitgraph.server.settings import ServerSettings
+
+BACKLOG = 1024
+KEEP_ALIVE_S = 75
+
+
+class CappedProtocol(HttpToolsProtocol):
+    """A connection whose request line and headers are of limited size, and come within a limited time."""
+
+    def __init__(self, *args: Any, caps: ServerSettings, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._caps = caps
+        self._head_bytes = 0
+        self._in_head = True
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """Starts the clock of the first head."""
+        super().connection_made(transport)
+        self._start_clock()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stops it."""
+        self._stop_clock()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Counts what comes before the end of a head, to within one read of the cap; the gate looks exactly."""
+        if self._in_head:
+            if self._head_bytes > self._caps.max_header_bytes:
+                most = self._caps.max_header_bytes
+                self._refuse(ApiError(431, f"the headers are over the limit of {most} bytes", None, "head_too_large"))
+                return
+            self._head_bytes += len(data)
+            if self._head_timer is None:
+                self._start_clock()
+        super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        super().on_message_begin()
+        self._in_head = True
+
+    def on_headers_complete(self) -> None:
+        """A head is whole."""
+        self._in_head, self._head_bytes = False, 0
+        self._stop_clock()
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """The next byte belongs to another head."""
+        super().on_message_complete()
+        self._in_head = True
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP gets an error in the same form as all others."""
+        self._refuse(ApiError(400, "this is no valid HTTP request", None, "invalid_http"))
+
+    def _start_clock(self) -> None:
+        self._head_timer = self.loop.call_later(self._caps.head_timeout_s, self._late)
+
+    def _stop_clock(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _late(self) -> None:
+        self._head_timer = None
+        if self._head_bytes == 0:
+            self.transport.close()  # connected and said nothing
+        elif self._in_head and not self.transport.is_closing():
+            limit = self._caps.head_timeout_s
+            self._refuse(ApiError(408, f"the request did not arrive within {limit:g} s", None, "request_timeout"))
+
+    def _refuse(self, error: ApiError) -> None:
+        body = error.encode()
+        reason = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}[error.status]
+        head = b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+        self.transport.write(head % (error.status, reason, len(body)) + body)
+        self.transport.close()
+
+
+def make_server(app: Any, settings: ServerSettings, host: str, port: int, **more: Any) -> uvicorn.Server:
+    """A server that is not running yet: ``await server.serve(sockets=...)`` runs it. Signals, drain and exit belong to
+    whoever calls; ``more`` goes to ``uvicorn.Config``."""
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=functools.partial(CappedProtocol, caps=settings),  # type: ignore[arg-type] # called like the class
+        ws="none",
+        lifespan="on",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        **more,
+    )
+    return uvicorn.Server(config)

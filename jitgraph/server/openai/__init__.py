@@ -1,0 +1,1 @@
+"""OpenAI's HTTP interface: records, caps, conversions, streams of events. No torch."""

@@ -1,0 +1,247 @@
+"""``POST /v1/chat/completions``: conversations, with tools and shaped answers. Event loop's thread."""
+
+from __future__ import annotations
+
+import secrets
+import time
+
+import msgspec
+
+from jitgraph.errors import CheckpointError, RequestError
+from jitgraph.ipc.messages import WireLogprobs
+from jitgraph.server.answers import Answer, Answers, Delta, Plan
+from jitgraph.server.exchange import Exchange
+from jitgraph.server.openai.calls import CallMode, Reader, call_mode
+from jitgraph.server.openai.convert import grammar_of, room_for, sampling_params
+from jitgraph.server.openai.decode import decode, decoder_of
+from jitgraph.server.openai.errors import bad_request, from_user_error
+from jitgraph.server.openai.limits import check_chat
+from jitgraph.server.openai.logprobs import chat_logprobs
+from jitgraph.server.openai.messages import as_messages, template_variables
+from jitgraph.server.openai.replies import (
+    AnswerMessage,
+    CalledFunction,
+    CalledTool,
+    ChatChoice,
+    ChatReply,
+    ToolCallChunk,
+)
+from jitgraph.server.openai.schema import ChatRequest
+from jitgraph.server.openai.sse import DONE, Chunks, json_bytes, token_ids_field
+from jitgraph.server.service import Service, Serving
+from jitgraph.server.settings import ServerSettings
+from jitgraph.server.texts import Conversation
+
+_DECODER = decoder_of(ChatRequest)
+
+
+class Chat:
+    """The endpoint."""
+
+    route = "/v1/chat/completions"
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def __call__(self, exchange: Exchange) -> None:
+        """Answers one request.
+
+        Raises:
+            ApiError, ClientGone: instead of an answer, or in the middle of a stream.
+        """
+        request = decode(_DECODER, await exchange.body())
+        exchange.record.model = request.model or ""
+        exchange.record.streamed = bool(request.stream)
+        caps = self._service.settings
+        check_chat(request, caps)
+        grammar_of(request, caps)
+        await exchange.while_connected(self._answer(exchange, request))
+
+    async def _answer(self, exchange: Exchange, request: ChatRequest) -> None:
+        serving = await self._service.serving(request.model)
+        caps = self._service.settings
+        mode = call_mode(request, serving.texts.tool_template, caps)
+        try:
+            ids = await serving.texts.encode_chat(_conversation(request, mode, serving, caps))
+        except (RequestError, CheckpointError) as error:
+            raise from_user_error(error, "messages") from error
+        plan = _plan(exchange, request, ids, mode, serving, caps)
+        answers = Answers(plan, serving.link, serving.texts.tokenizer, exchange.record)
+        try:
+            writer = _Writer(request, mode, answers, serving)
+            await (writer.stream(exchange) if request.stream else writer.whole(exchange))
+        finally:
+            answers.close()
+
+
+def _conversation(request: ChatRequest, mode: CallMode, serving: Serving, caps: ServerSettings) -> Conversation:
+    reads = serving.texts.reads
+    return Conversation(
+        messages=as_messages(request.messages, reads),
+        tools=mode.tools,
+        add_generation_prompt=request.add_generation_prompt is not False,
+        variables=template_variables(request.chat_template_kwargs, request.reasoning_effort, reads, caps),
+    )
+
+
+def _plan(
+    exchange: Exchange, request: ChatRequest, ids: list[int], mode: CallMode, serving: Serving, caps: ServerSettings
+) -> Plan:
+    facts = serving.facts
+    if not ids:
+        raise bad_request("the chat template makes an empty prompt of these messages", "messages", "invalid_value")
+    room = room_for(len(ids), _asked(request), None, facts, caps, "messages")
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    return Plan(
+        prompts=[ids],
+        n=request.n or 1,
+        params=[sampling_params(request, facts, room, logprobs)],
+        salt=exchange.salt(request.cache_salt),
+        grammar=mode.grammar or grammar_of(request, caps),
+        skip_special_tokens=request.skip_special_tokens is not False,
+    )
+
+
+def _asked(request: ChatRequest) -> int | None:
+    """``max_completion_tokens``, or ``max_tokens`` by its older name."""
+    new, old = request.max_completion_tokens, request.max_tokens
+    if new is not None and old is not None and new != old:
+        raise bad_request("max_tokens and max_completion_tokens differ: send one", "max_tokens", "invalid_value")
+    asked = old if new is None else new
+    if asked is not None and asked < 1:
+        name = "max_tokens" if new is None else "max_completion_tokens"
+        raise bad_request(f"{name} must be at least 1, not {asked}", name, "invalid_value")
+    return asked
+
+
+class _Voice:
+    """One answer while it is written."""
+
+    def __init__(self, answer: Answer, reader: Reader) -> None:
+        self.answer = answer
+        self.reader = reader
+        self.opened = False
+        self.content: list[str] = []
+        self.calls: dict[int, list[str]] = {}
+        """Id, name, and parts of the arguments by index of the call."""
+        self.logprobs: list[WireLogprobs] = []
+        self.ids: list[int] = []
+
+    def take(self, delta: Delta) -> list[str | ToolCallChunk]:
+        """What a delta adds: texts and parts of calls; notes its ids and log-probabilities."""
+        self.logprobs += delta.logprobs
+        self.ids += delta.token_ids
+        parts = self.reader.feed(delta.text) if delta.text else []
+        return parts + self.reader.finish() if delta.finish_reason is not None else parts
+
+    def keep(self, parts: list[str | ToolCallChunk]) -> None:
+        """Puts them together for one JSON answer."""
+        for part in parts:
+            if isinstance(part, str):
+                self.content.append(part)
+                continue
+            call = self.calls.setdefault(part.index, [part.id or "", part.function.name or ""])
+            call.append(part.function.arguments or "")
+
+    @property
+    def finish_reason(self) -> str:
+        """As clients are told."""
+        reason = self.answer.finish_reason or ""
+        return "tool_calls" if reason == "stop" and self.reader.called else reason
+
+
+class _Writer:
+    """Writes the answer of one request."""
+
+    def __init__(self, request: ChatRequest, mode: CallMode, answers: Answers, serving: Serving) -> None:
+        self._request = request
+        self._answers = answers
+        self._serving = serving
+        self._pieces = serving.texts.tokenizer.pieces
+        self._voices = [_Voice(answer, mode.reader()) for answer in answers.all]
+        self._identity = f"chatcmpl-{secrets.token_hex(16)}"
+        self._created = int(time.time())
+
+    # ------------------------------------------------------------------------------------------------------------ whole
+
+    async def whole(self, exchange: Exchange) -> None:
+        """One JSON answer."""
+        while (news := await self._answers.next()) is not None:
+            answer, delta = news
+            voice = self._voices[answer.index]
+            voice.keep(voice.take(delta))
+        reply = ChatReply(
+            id=self._identity,
+            created=self._created,
+            model=self._serving.model,
+            system_fingerprint=self._serving.facts.fingerprint,
+            choices=[self._choice(voice) for voice in self._voices],
+            usage=self._answers.usage,
+        )
+        await exchange.send_json(json_bytes(reply))
+
+    def _choice(self, voice: _Voice) -> ChatChoice:
+        wanted = bool(self._request.return_token_ids)
+        calls = [
+            CalledTool(id=call[0], function=CalledFunction(name=call[1], arguments="".join(call[2:])))
+            for _, call in sorted(voice.calls.items())
+        ]
+        text = "".join(voice.content)
+        message = AnswerMessage(content=text if text or not calls else None, tool_calls=calls or msgspec.UNSET)
+        return ChatChoice(
+            index=voice.answer.index,
+            message=message,
+            logprobs=chat_logprobs(self._pieces, voice.logprobs) if self._request.logprobs else None,
+            finish_reason=voice.finish_reason,  # type: ignore[arg-type] # one of them, by construction
+            token_ids=voice.ids if wanted else msgspec.UNSET,
+            prompt_token_ids=list(voice.answer.prompt) if wanted else msgspec.UNSET,
+        )
+
+    # ----------------------------------------------------------------------------------------------------------- stream
+
+    async def stream(self, exchange: Exchange) -> None:
+        """A stream of events. An answer's role goes out with its first content: whoever takes the first event for the
+        first token is right."""
+        options = self._request.stream_options
+        usage = bool(options and options.include_usage)
+        facts = self._serving.facts
+        chunks = Chunks(
+            "chat.completion.chunk", self._identity, self._created, self._serving.model, facts.fingerprint,
+            len(self._voices), usage,
+        )  # fmt: skip
+        while (news := await self._answers.next()) is not None:
+            answer, delta = news
+            voice = self._voices[answer.index]
+            events = self._events(chunks, voice, voice.take(delta), delta.finish_reason is not None)
+            if events:
+                await exchange.send_event(events)
+        await exchange.send_event((chunks.usage(self._answers.usage) if usage else b"") + DONE, last=True)
+
+    def _events(self, chunks: Chunks, voice: _Voice, parts: list[str | ToolCallChunk], last: bool) -> bytes:
+        index = voice.answer.index
+        events = []
+        for part in parts:
+            if isinstance(part, str):
+                events.append(chunks.content(index, part, *self._extras(voice)))
+            else:
+                events.append(chunks.tool_calls(index, [part]))
+        if last:
+            events.append(chunks.finish(index, voice.finish_reason, *self._extras(voice)))
+        if events and not voice.opened:
+            voice.opened = True
+            ids = self._request.return_token_ids
+            events.insert(
+                0, chunks.role(index, token_ids_field(voice.answer.prompt, b"prompt_token_ids") if ids else b"")
+            )
+        return b"".join(events)
+
+    def _extras(self, voice: _Voice) -> tuple[bytes, bytes]:
+        """Log-probabilities and ids since the last chunk that had them."""
+        logprobs, ids = b"null", b""
+        if voice.logprobs:
+            logprobs = json_bytes(chat_logprobs(self._pieces, voice.logprobs))
+            voice.logprobs = []
+        if self._request.return_token_ids and voice.ids:
+            ids = token_ids_field(voice.ids)
+            voice.ids = []
+        return logprobs, ids

@@ -1,0 +1,96 @@
+"""Server-sent events in OpenAI's form, put together from byte templates: what is the same in all chunks of a stream is
+encoded once. Pure.
+
+Every chunk has ``id``, ``object``, ``created``, ``model`` and ``choices``. With ``include_usage`` all carry ``usage``,
+which is null but in the one chunk without choices that comes before ``[DONE]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from jitgraph.server.openai.errors import ApiError
+from jitgraph.server.openai.replies import ToolCallChunk, Usage
+
+DONE = b"data: [DONE]\n\n"
+"""The end of a stream that did not fail."""
+
+_ENCODER = msgspec.json.Encoder()
+_LINE_ENDS = (("\u2028", b"\\u2028"), ("\u2029", b"\\u2029"), ("\x85", b"\\u0085"))
+_ESCAPES = tuple((char.encode(), escape) for char, escape in _LINE_ENDS)
+
+
+def json_bytes(value: Any) -> bytes:
+    """JSON on one line for every client: some take U+2028, U+2029 and U+0085 for ends of lines too."""
+    data = _ENCODER.encode(value)
+    if not data.isascii():
+        for char, escape in _ESCAPES:
+            data = data.replace(char, escape)
+    return data
+
+
+def error_event(error: ApiError) -> bytes:
+    """A failure in the middle of a stream; nothing follows it."""
+    return b"data: " + error.encode() + b"\n\n"
+
+
+class Chunks:
+    """Makes the chunks of one stream.
+
+    Args:
+        kind: ``chat.completion.chunk`` or ``text_completion``.
+        with_usage: whether the stream ends with a chunk of usage.
+    """
+
+    def __init__(
+        self, kind: str, identity: str, created: int, model: str, fingerprint: str, choices: int, with_usage: bool
+    ) -> None:
+        fixed = {
+            "id": identity,
+            "object": kind,
+            "created": created,
+            "model": model,
+            "system_fingerprint": fingerprint,
+        }
+        self._head = b"data: " + json_bytes(fixed)[:-1] + b',"choices":['
+        self._heads = [self._head + b'{"index":%d,' % index for index in range(choices)]
+        self._tail = b'}],"usage":null}\n\n' if with_usage else b"}]}\n\n"
+
+    def _chunk(self, index: int, what: bytes, logprobs: bytes, ids: bytes, reason: bytes = b"null") -> bytes:
+        return b"".join(
+            (self._heads[index], what, b',"logprobs":', logprobs, b',"finish_reason":', reason, ids, self._tail)
+        )
+
+    def role(self, index: int, extra: bytes = b"") -> bytes:
+        """What opens a chat answer; goes out together with the first content, never before."""
+        return self._chunk(index, b'"delta":{"role":"assistant","content":""}', b"null", extra)
+
+    def content(self, index: int, text: str, logprobs: bytes = b"null", ids: bytes = b"") -> bytes:
+        """Text of a chat answer."""
+        return self._chunk(index, b'"delta":{"content":' + json_bytes(text) + b"}", logprobs, ids)
+
+    def tool_calls(self, index: int, calls: list[ToolCallChunk]) -> bytes:
+        """Parts of tool calls of a chat answer."""
+        return self._chunk(index, b'"delta":{"tool_calls":' + json_bytes(calls) + b"}", b"null", b"")
+
+    def finish(self, index: int, reason: str, logprobs: bytes = b"null", ids: bytes = b"") -> bytes:
+        """The end of a chat answer."""
+        return self._chunk(index, b'"delta":{}', logprobs, ids, json_bytes(reason))
+
+    def text(
+        self, index: int, text: str, logprobs: bytes = b"null", ids: bytes = b"", reason: str | None = None
+    ) -> bytes:
+        """Text of a plain completion, with the reason where it is its end."""
+        return self._chunk(index, b'"text":' + json_bytes(text), logprobs, ids, json_bytes(reason))
+
+    def usage(self, usage: Usage) -> bytes:
+        """The last chunk, without choices."""
+        return self._head + b'],"usage":' + json_bytes(usage) + b"}\n\n"
+
+
+def token_ids_field(ids: Sequence[int], name: bytes = b"token_ids") -> bytes:
+    """A choice's field with token ids."""
+    return b',"' + name + b'":' + json_bytes(list(ids))

@@ -1,0 +1,148 @@
+"""What the endpoints share: the engine, the model's texts and names, and how each request is begun and ended.
+
+Event loop's thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from jitgraph.errors import CheckpointError
+from jitgraph.ipc.messages import EngineFacts
+from jitgraph.server.auth import Caller
+from jitgraph.server.backend import Backend, EngineLink
+from jitgraph.server.exchange import ClientGone, Exchange, Receive, Scope, Send
+from jitgraph.server.openai.errors import ApiError, from_user_error, internal, unavailable
+from jitgraph.server.records import RequestRecord
+from jitgraph.server.settings import ServerSettings
+from jitgraph.server.texts import Texts, TextSource
+
+LOGGER = logging.getLogger("jitgraph.server")
+
+_WHY = {
+    "starting": "the engine is starting",
+    "restarting": "the engine is being restarted",
+    "draining": "the server is shutting down and takes no more requests",
+    "stopped": "the server has been shut down",
+    "failed": "the engine has failed for good: the server must be started again",
+}
+
+
+@dataclass
+class Passage:
+    """What the gate knows of a request; in its scope as ``jitgraph``."""
+
+    record: RequestRecord
+    caller: Caller
+    headers: dict[bytes, bytes]
+    left: bool = False
+    """The client did not wait for the end."""
+
+
+@dataclass(frozen=True)
+class Serving:
+    """All that one request needs."""
+
+    link: EngineLink
+    texts: Texts
+    model: str
+    """The name that answers carry."""
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What the engine says of itself."""
+        return self.link.facts
+
+
+class Service:
+    """The server's state; endpoints keep nothing."""
+
+    def __init__(self, backend: Backend, settings: ServerSettings, texts: TextSource) -> None:
+        self.backend = backend
+        self.settings = settings
+        self.texts = texts
+        self.started = int(time.time())
+        self.open_requests = 0
+
+    def link(self) -> EngineLink:
+        """The engine that takes requests.
+
+        Raises:
+            ApiError: 503 with Retry-After; there is none now.
+        """
+        state, client = self.backend.state, self.backend.client
+        if state != "ready" or client is None:
+            raise unavailable(self.backend.retry_after_s, _WHY.get(state, "no engine is ready"))
+        return client
+
+    def names(self, facts: EngineFacts) -> tuple[str, ...]:
+        """Names under which the model can be asked for."""
+        return self.settings.served_names or (facts.model,)
+
+    async def serving(self, model: str | None) -> Serving:
+        """The engine and the texts for a model.
+
+        Raises:
+            ApiError: 503 no engine, 404 another model, 500 a checkpoint without a usable tokenizer.
+        """
+        link = self.link()
+        names = self.names(link.facts)
+        if model is not None and model not in names:
+            raise no_such_model(model, names)
+        try:
+            return Serving(link, await self.texts.of(link.facts), names[0])
+        except CheckpointError as error:
+            raise from_user_error(error) from error
+
+    def endpoint(self, route: str, answer: Callable[[Exchange], Awaitable[None]], work: bool = True) -> Endpoint:
+        """An ASGI endpoint; ``work`` counts towards ``max_open_requests``."""
+        return Endpoint(self, route, answer, work)
+
+
+def no_such_model(model: str, names: tuple[str, ...]) -> ApiError:
+    """404 for another model than the one there is."""
+    served = " or ".join(names)
+    return ApiError(404, f"the model {model!r:.200} does not exist here: ask for {served}", "model", "model_not_found")
+
+
+class Endpoint:
+    """One route: whatever happens to a request, it gets an answer and its record an end."""
+
+    def __init__(self, service: Service, route: str, answer: Callable[[Exchange], Awaitable[None]], work: bool) -> None:
+        self._service = service
+        self._route = route
+        self._answer = answer
+        self._work = work
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI call."""
+        service = self._service
+        passage: Passage = scope["jitgraph"]
+        record = passage.record
+        record.route = self._route
+        exchange = Exchange(receive, send, passage.headers, service.settings, passage.caller, record)
+        exchange.path_params = scope.get("path_params", {})
+        service.open_requests += self._work
+        try:
+            if self._work and service.open_requests > service.settings.max_open_requests:
+                most = service.settings.max_open_requests
+                raise ApiError(429, f"{most} requests are being answered already", None, "rate_limit_exceeded", 1.0)
+            await self._answer(exchange)
+        except ClientGone:
+            passage.left = True
+        except ApiError as error:
+            await self._fail(exchange, error)
+        except Exception:
+            LOGGER.exception("request %s to %s failed", record.request_id, self._route)
+            await self._fail(exchange, internal())
+        finally:
+            service.open_requests -= self._work
+            record.error_kind = exchange.error
+
+    async def _fail(self, exchange: Exchange, error: ApiError) -> None:
+        if error.body.code == "engine_lost":
+            error.retry_after_s = self._service.backend.retry_after_s
+        await exchange.send_error(error)

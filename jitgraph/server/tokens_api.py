@@ -1,0 +1,101 @@
+"""``POST /tokenize`` and ``POST /detokenize``: text and conversations to token ids, and back. Event loop's thread."""
+
+from __future__ import annotations
+
+from jitgraph.errors import CheckpointError, RequestError
+from jitgraph.server.exchange import Exchange
+from jitgraph.server.openai.calls import as_tools
+from jitgraph.server.openai.convert import check_ids
+from jitgraph.server.openai.decode import decode, decoder_of
+from jitgraph.server.openai.errors import bad_request, from_user_error
+from jitgraph.server.openai.limits import at_most, check_conversation
+from jitgraph.server.openai.messages import as_messages, template_variables
+from jitgraph.server.openai.replies import Detokenized, Tokenized
+from jitgraph.server.openai.schema import DetokenizeRequest, TokenizeRequest
+from jitgraph.server.openai.sse import json_bytes
+from jitgraph.server.service import Service, Serving
+from jitgraph.server.texts import Conversation
+
+_TOKENIZE = decoder_of(TokenizeRequest)
+_DETOKENIZE = decoder_of(DetokenizeRequest)
+_INLINE_IDS = 4096
+"""Up to this many ids are decoded on the event loop."""
+
+
+class Tokenize:
+    """``/tokenize``: ``prompt`` as ``/v1/completions`` would read it, or ``messages`` as chat would."""
+
+    route = "/tokenize"
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def __call__(self, exchange: Exchange) -> None:
+        """Answers one request.
+
+        Raises:
+            ApiError: instead of an answer.
+        """
+        request = decode(_TOKENIZE, await exchange.body())
+        exchange.record.model = request.model or ""
+        if (request.prompt is None) == (request.messages is None):
+            raise bad_request("give either prompt or messages", "prompt", "invalid_value")
+        if request.messages is not None:
+            check_conversation(request.messages, request.tools, self._service.settings)
+        await exchange.while_connected(self._answer(exchange, request))
+
+    async def _answer(self, exchange: Exchange, request: TokenizeRequest) -> None:
+        serving = await self._service.serving(request.model)
+        ids = await self._ids(request, serving)
+        pieces = serving.texts.tokenizer.pieces
+        strings = None
+        if request.return_token_strs:
+            strings = [pieces.bytes_of(i, False).decode("utf-8", "replace") for i in ids]
+        reply = Tokenized(count=len(ids), max_model_len=serving.facts.max_model_len, tokens=ids, token_strs=strings)
+        await exchange.send_json(json_bytes(reply))
+
+    async def _ids(self, request: TokenizeRequest, serving: Serving) -> list[int]:
+        texts, caps = serving.texts, self._service.settings
+        try:
+            if request.messages is None:
+                return await texts.encode(request.prompt or "", request.add_special_tokens is not False)
+            tools = as_tools(request.tools, caps) or None
+            variables = template_variables(request.chat_template_kwargs, None, texts.reads, caps)
+            messages = as_messages(request.messages, texts.reads)
+            prompted = request.add_generation_prompt is not False
+            return await texts.encode_chat(Conversation(messages, tools, prompted, variables))
+        except (RequestError, CheckpointError) as error:
+            raise from_user_error(error, "prompt" if request.messages is None else "messages") from error
+
+
+class Detokenize:
+    """``/detokenize``: special tokens are shown unless ``skip_special_tokens`` is true."""
+
+    route = "/detokenize"
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def __call__(self, exchange: Exchange) -> None:
+        """Answers one request.
+
+        Raises:
+            ApiError: instead of an answer.
+        """
+        request = decode(_DETOKENIZE, await exchange.body())
+        exchange.record.model = request.model or ""
+        at_most("tokens", request.tokens, self._service.settings.max_detokenize_ids, "ids")
+        await exchange.while_connected(self._answer(exchange, request))
+
+    async def _answer(self, exchange: Exchange, request: DetokenizeRequest) -> None:
+        serving = await self._service.serving(request.model)
+        check_ids("tokens", request.tokens, serving.facts.vocab_size)
+        tokenizer, skip = serving.texts.tokenizer, bool(request.skip_special_tokens)
+
+        def work() -> str:
+            return tokenizer.decode(request.tokens, skip)
+
+        long = len(request.tokens) > _INLINE_IDS
+        limit_s = self._service.settings.tokenize_timeout_s
+        text = await serving.texts.in_thread(work, limit_s) if long else work()
+        await exchange.send_json(json_bytes(Detokenized(prompt=text)))

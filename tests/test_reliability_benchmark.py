@@ -1,0 +1,88 @@
+"""The benchmark of what the service survives: its verdicts, its record, and what it takes for growth and drift."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from reliability_parts import command, record
+from reliability_parts.frames import broken_stream
+from reliability_parts.soak import Findings, growth_mib, p99_drift
+
+from jitgraph.errors import OutputError
+
+GOOD = {floor.figure: floor.limit for floor in record.FLOORS}
+
+
+def verdicts(figures: dict[str, float], device: str = "cpu") -> dict[str, bool]:
+    found = record.findings({"figures": figures, "parts": {"soak": {"device": device}}})
+    return {one["figure"]: one["holds"] for one in found}
+
+
+def test_a_figure_at_its_floor_holds_and_a_missing_one_does_not() -> None:
+    assert all(verdicts(GOOD).values())
+    for floor in record.FLOORS:
+        without = {name: value for name, value in GOOD.items() if name != floor.figure}
+        assert not verdicts(without)[floor.figure]
+        worse = floor.limit - 1 if floor.relation == ">=" else floor.limit + 1
+        assert not verdicts({**GOOD, floor.figure: worse})[floor.figure]
+
+
+def test_the_soak_is_shorter_on_a_gpu() -> None:
+    assert not verdicts({**GOOD, "soak_s": 540})["soak_s"]
+    assert verdicts({**GOOD, "soak_s": 540}, "cuda:0")["soak_s"]
+
+
+def test_parts_are_added_and_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "reliability.json"
+    record.add(path, "kill", {"recovery_s": 1.23456, "kill_faults": 3}, {"device": "cpu"})
+    record.add(path, "cancels", {"cancels": 10}, {"device": "cpu"})
+    record.add(path, "kill", {"recovery_s": float("inf")}, {"device": "cpu"})
+    document = json.loads(path.read_text())
+    assert document["figures"] == {"recovery_s": None, "cancels": 10}
+    assert document["parts"]["kill"] == {"device": "cpu", "figures": ["recovery_s"]}
+    assert [child.name for child in tmp_path.iterdir()] == ["reliability.json"]
+    path.write_text("[]")
+    with pytest.raises(OutputError, match="move it away"):
+        record.read(path)
+
+
+def test_growth_is_from_warm_to_the_end() -> None:
+    assert growth_mib([100.0] * 10 + [150.0] * 90) == 0.0
+    assert growth_mib([100.0 + n for n in range(100)]) == pytest.approx(80.0)
+    assert growth_mib([5.0]) == 0.0
+
+
+def test_drift_compares_the_last_third_with_the_first() -> None:
+    steady = [(float(n), 0.01) for n in range(300)]
+    assert p99_drift(steady) == pytest.approx(0.0)
+    assert p99_drift([*steady[:200], *((n, 0.02) for n, _ in steady[200:])]) == pytest.approx(1.0)
+    assert p99_drift([(0.0, 1.0)]) == float("inf")
+
+
+def test_only_what_a_kill_touches_is_explained_by_it() -> None:
+    found = Findings(troubles=[[10.0, 20.0], [50.0, float("inf")]])
+    assert not found.in_trouble(1.0, 9.0)
+    assert found.in_trouble(9.0, 11.0)
+    assert found.in_trouble(19.0, 25.0)
+    assert not found.in_trouble(21.0, 49.0)
+    assert found.in_trouble(60.0, 61.0)
+
+
+def test_no_broken_stream_asks_the_engine_to_end() -> None:
+    rng = random.Random(0)
+    streams = [broken_stream(rng) for _ in range(500)]
+    assert len(set(streams)) > 400
+    assert not any(b"Drain" in stream for stream in streams)
+
+
+def test_mistakes_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(tmp_path / "reliability.json")
+    assert command.main(["--parts", "kil", "--output", path]) == 2
+    assert "kil is no part; choose from ipc, kill" in capsys.readouterr().err
+    assert command.main(["--check", "--output", path]) == 1
+    record.add(Path(path), "kill", GOOD, {})
+    assert command.main(["--check", "--output", path]) == 0
+    assert "ok   recovery_s" in capsys.readouterr().out

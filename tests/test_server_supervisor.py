@@ -1,0 +1,617 @@
+"""The supervisor against a stand-in for an engine that crashes, hangs, sulks and dawdles as it is told.
+
+No test decides by how long something took: limits in seconds are for what would otherwise never end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jitgraph.errors import ConfigError
+from jitgraph.ipc.messages import Beat, Ready, StartPhase
+from jitgraph.server.client import EngineClient, EngineGone
+from jitgraph.server.runtime_folder import RuntimeFolder, remove_stale
+from jitgraph.server.spawn import EngineProcess, spawn_engine
+from jitgraph.server.supervisor import Supervisor
+from jitgraph.server.supervisor_policy import Limits, Pulse, RestartBudget, Watch, exit_of, retry_after_s
+from jitgraph.server.supervisor_pool import EnginePool
+from jitgraph.server.supervisor_report import HANDOVER, Progress, StartReport
+from jitgraph.types import SamplingParams
+
+FAKE = str(Path(__file__).with_name("fake_engine.py"))
+STALL_ID, EXIT_ID = 13, 14
+QUICK = Limits(hang_s=1.0, start_silence_s=20.0, grace_s=0.5, restarts=3, window_s=600.0, tick_s=0.05)
+PATIENCE_S = 60.0
+"""Everything here takes a second or so; a loaded machine may take longer."""
+
+
+def fake(*options: str) -> list[str]:
+    return [sys.executable, FAKE, *options]
+
+
+def is_there(pid: int) -> bool:
+    """Whether a process runs: one that nobody has reaped does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except FileNotFoundError:
+        return False
+
+
+def eventually(what: Callable[[], bool]) -> None:
+    """Waits for something that other processes do."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not what():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
+
+
+async def until(what: Callable[[], bool]) -> None:
+    """``eventually`` inside an event loop."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not what():
+        assert time.monotonic() < deadline, "it did not happen"
+        await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder whose path leaves room for a socket's; ``tmp_path`` may not."""
+    with tempfile.TemporaryDirectory(prefix="jg-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def socket_path() -> Iterator[Path]:
+    with RuntimeFolder() as folder:
+        yield folder.path / "engine.sock"
+
+
+class Lines(list[str]):
+    """What a supervisor says."""
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self)
+
+
+def supervise(
+    socket_path: Path,
+    *options: str,
+    act: Callable[[Supervisor], Awaitable[None]],
+    limits: Limits = QUICK,
+    lines: Lines | None = None,
+) -> Supervisor:
+    """Runs a supervisor of a stand-in, ``act`` with it, and makes sure that nothing is left."""
+    said = Lines() if lines is None else lines
+
+    async def main() -> Supervisor:
+        supervisor = Supervisor(fake(*options), socket_path, limits=limits, say=said.append)
+        supervisor.start()
+        try:
+            await asyncio.wait_for(act(supervisor), PATIENCE_S)
+        finally:
+            await supervisor.stop()
+        return supervisor
+
+    supervisor = asyncio.run(main())
+    for line in said:
+        if "fake engine" in line:
+            assert not is_there(int(line.split()[-1])), "an engine process is left"
+    assert list(socket_path.parent.iterdir()) == []
+    assert supervisor.client is None
+    assert supervisor.pid is None
+    return supervisor
+
+
+async def answer(client: EngineClient, ids: list[int], count: int) -> list[int]:
+    found: list[int] = []
+    async for record in client.submit(ids, SamplingParams(max_tokens=count)):
+        found += record.token_ids
+    return found
+
+
+def engine(supervisor: Supervisor) -> EngineClient:
+    assert supervisor.client is not None
+    return supervisor.client
+
+
+# ------------------------------------------------------------------------------------------------------ pure decisions
+
+
+def test_limits_are_checked() -> None:
+    with pytest.raises(ConfigError, match="hang_s must be above zero"):
+        Limits(hang_s=0)
+    with pytest.raises(ConfigError, match="restarts"):
+        Limits(restarts=-1)
+
+
+@given(st.lists(st.floats(0, 50), max_size=60), st.integers(0, 4), st.floats(1, 100))
+def test_no_window_has_more_restarts_than_the_budget(gaps: list[float], restarts: int, window_s: float) -> None:
+    budget, now, taken = RestartBudget(restarts, window_s), 0.0, []
+    for gap in gaps:
+        now += gap
+        recent = [at for at in taken if now - at < window_s]
+        allowed = budget.take(now)
+        assert allowed == (len(recent) < restarts)
+        if allowed:
+            taken.append(now)
+
+
+@given(st.lists(st.tuples(st.floats(0, 100), st.integers(0, 2)), max_size=40))
+def test_a_pulse_counts_only_while_it_is_looked_at(looks: list[tuple[float, int]]) -> None:
+    tick_s, now = 0.1, 0.0
+    pulse, last, expected = Pulse(0.0, tick_s), None, 0.0
+    for gap, sign in looks:
+        now += gap
+        expected = expected + min(gap, 5 * tick_s) if sign == last else 0.0
+        last = sign
+        assert pulse.look(now, sign) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_host_that_slept_is_no_hang() -> None:
+    pulse = Pulse(0.0, 0.1)
+    pulse.look(0.1, "beat")
+    assert pulse.look(3600.0, "beat") <= 0.5
+
+
+def beat(at_s: float, steps: int, running: int) -> Beat:
+    return Beat(int(at_s * 1e9), running, 0, 10, 10, steps)
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 2)), max_size=120))
+def test_a_busy_engine_may_stand_still_for_the_limit_and_an_idle_one_for_ever(lives: list[tuple[int, int]]) -> None:
+    limits = Limits(hang_s=2.0)
+    watch, now, steps, still, before = Watch(0.0, limits), 0.0, 0, 0.0, None
+    for made, running in lives:
+        now += 0.25
+        steps += made
+        still = still + 0.25 if running and (steps, True) == before else 0.0
+        before = (steps, running > 0)
+        hang = watch.hang(now, int(now * 1e9), beat(now, steps, running))
+        assert (hang is not None) == (still > limits.hang_s)
+        assert hang is None or "no step" in hang
+
+
+def test_an_engine_that_is_silent_for_too_long_hangs() -> None:
+    watch = Watch(0.0, Limits(hang_s=1.0, tick_s=0.1))
+    first = beat(0.0, 1, 1)
+    found = [watch.hang(n / 10, 7, first) for n in range(1, 14)]
+    assert found[:10] == [None] * 10
+    assert "said nothing" in str(found[-1])
+
+
+def test_retry_after() -> None:
+    assert retry_after_s("ready", 20.0, 300.0) == 0.0
+    assert retry_after_s("restarting", 20.0, 5.0) == 15.0
+    assert retry_after_s("restarting", 20.0, 50.0) == 1.0
+    assert retry_after_s("starting", None, 0.0) >= 1.0
+    assert retry_after_s("draining", 20.0, 300.0) == 20.0
+
+
+def test_exits_are_described() -> None:
+    assert exit_of(-9, "").reason == "was killed by SIGKILL"
+    assert exit_of(3, "a\nno memory").reason == "ended with status 3; its last words: no memory"
+    assert exit_of(2, "", before_ready=True).hopeless
+    assert not exit_of(2, "").hopeless
+    assert not exit_of(1, "", before_ready=True).hopeless
+
+
+def test_a_report_adds_up_to_the_wall_time() -> None:
+    class Facts:
+        pass
+
+    ready = Ready(Facts(), {"load": 2.0, "capture": 1.0}, {"load": 100.0, "capture": 28.0})  # type: ignore[arg-type]
+    report = StartReport.of(ready, 3.5)
+    assert sum(report.phases_s.values()) == pytest.approx(3.5)
+    assert report.phases_s[HANDOVER] == pytest.approx(0.5)
+    assert report.lines()[-1].split() == ["sum", "3.50", "s", "128.0", "MiB"]
+    assert len(report.lines()) == 4
+
+
+def test_progress_is_a_line_now_and_then() -> None:
+    progress = Progress()
+    lines = [progress.line(StartPhase("load", done, 400, done / 10, 0.0)) for done in range(1, 200)]
+    told = [line for line in lines if line is not None]
+    assert told[0] == "load 1 of 400"
+    assert len(told) == 4  # the first, and one every five seconds of twenty
+    assert progress.line(StartPhase("capture", 1, 1, 0.0, 0.0)) == "capture"
+
+
+# ------------------------------------------------------------------------------------------------------- folders
+
+
+def test_a_runtime_folder_is_private_and_goes(short_path: Path) -> None:
+    with RuntimeFolder(short_path) as folder:
+        assert folder.path.parent.parent == short_path
+        assert folder.path.stat().st_mode & 0o777 == 0o700
+        (folder.path / "engine.sock").touch()
+    assert list(short_path.iterdir()) == []
+    folder.remove()
+
+
+def test_folders_of_dead_processes_are_removed_and_no_others(short_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from jitgraph.server.runtime_folder import RuntimeFolder\n"
+        "folder = RuntimeFolder(Path(sys.argv[1])); (folder.path / 'engine.sock').touch(); os._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(short_path)], check=True, timeout=PATIENCE_S)
+    (dead,) = short_path.iterdir()
+    foreign = short_path / "jitgraph-notes"
+    foreign.mkdir()
+    link = short_path / "jitgraph-1-link"
+    link.symlink_to(foreign)
+    with RuntimeFolder(short_path) as folder:
+        assert not dead.exists()
+        assert remove_stale(short_path) == []
+        assert folder.path.exists()
+    assert {path.name for path in short_path.iterdir()} == {"jitgraph-notes", "jitgraph-1-link"}
+
+
+def test_the_users_runtime_folder_is_used_if_it_is_private(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short_path))
+    short_path.chmod(0o700)
+    with RuntimeFolder() as folder:
+        assert folder.path.parent.parent == short_path
+    short_path.chmod(0o777)
+    with RuntimeFolder() as folder:
+        assert folder.path.parent.parent != short_path
+
+
+def test_a_path_too_long_for_a_socket_is_refused_or_passed_over(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = short_path / ("d" * 100)
+    deep.mkdir(mode=0o700)
+    with pytest.raises(ConfigError, match="XDG_RUNTIME_DIR"):
+        RuntimeFolder(deep)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(deep))
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with RuntimeFolder() as folder:
+        assert folder.path.parent.parent == Path("/tmp")
+    assert list(deep.iterdir()) == []
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
+
+
+def test_a_process_says_its_words_and_its_end(socket_path: Path) -> None:
+    lines: list[str] = []
+    process = spawn_engine(fake("--exit-early", "3"), socket_path, lines.append)
+    ends: list[int | None] = []
+    process.on_end(lambda: ends.append(process.returncode))
+    assert process.wait(PATIENCE_S) == 3
+    assert "does not want to start" in process.tail
+    assert lines == process.tail.split("\n")
+    process.on_end(lambda: ends.append(None))
+    eventually(lambda: len(ends) == 2)
+    assert set(ends) == {3, None}
+    assert not process.alive
+    process.kill()  # of no effect, and no error
+
+
+def test_a_command_that_is_not_there(socket_path: Path) -> None:
+    process = spawn_engine(["/no/such/command"], socket_path, lambda line: None)
+    assert process.wait(PATIENCE_S) == 127
+    assert "cannot be run" in process.tail
+
+
+def test_the_end_of_a_process_takes_its_children_with_it(socket_path: Path) -> None:
+    process = spawn_engine(fake("--grandchild", "--stubborn"), socket_path, lambda line: None)
+    eventually(lambda: "fake engine" in process.tail)
+    child = int(process.tail.split()[1])
+    assert is_there(child)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait(PATIENCE_S) == -signal.SIGKILL
+    eventually(lambda: not is_there(child))
+
+
+def test_ending_a_process_that_will_not(socket_path: Path) -> None:
+    process = spawn_engine(fake("--stubborn"), socket_path, lambda line: None)
+    eventually(lambda: "fake engine" in process.tail)
+    assert process.end(grace_s=0.2) == -signal.SIGKILL
+
+
+def test_the_server_key_stays_here(socket_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JITGRAPH_API_KEY", "secret")
+    process = EngineProcess(["env"], lambda line: None)
+    assert process.wait(PATIENCE_S) == 0
+    assert "PATH=" in process.tail
+    assert "secret" not in process.tail
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_death_of_the_parent_ends_the_engine(short_path: Path, stopped: bool) -> None:
+    """Killed, so that it can do nothing about it; also where the engine cannot run at all at that time. The thread
+    that asked for the process has ended long before: that must not end it."""
+    code = (
+        "import sys, threading, time; from pathlib import Path; from jitgraph.server.spawn import spawn_engine\n"
+        "start = lambda: spawn_engine([sys.executable, sys.argv[1]], Path(sys.argv[2]), lambda line: print(line, "
+        "flush=True))\n"
+        "thread = threading.Thread(target=start); thread.start(); thread.join(); time.sleep(1000)"
+    )
+    command = [sys.executable, "-c", code, FAKE, str(short_path / "s" / "engine.sock")]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    engine_pid = int(parent.stdout.readline().split()[-1])
+    eventually((short_path / "s" / "engine.sock").exists)
+    assert is_there(engine_pid)
+    if stopped:
+        os.kill(engine_pid, signal.SIGSTOP)
+    parent.kill()
+    parent.wait()
+    eventually(lambda: not is_there(engine_pid))
+    parent.stdout.close()
+
+
+# ---------------------------------------------------------------------------------------------------------- a live one
+
+
+def test_ready_serving_stopped(socket_path: Path) -> None:
+    lines = Lines()
+
+    async def act(supervisor: Supervisor) -> None:
+        assert supervisor.state == "starting"
+        assert supervisor.client is None
+        assert supervisor.retry_after_s >= 1.0
+        assert await supervisor.ready()
+        assert supervisor.state == "ready"
+        assert supervisor.retry_after_s == 0.0
+        assert await answer(engine(supervisor), [1, 2, 3], 4) == [7, 8, 9, 10]
+        assert supervisor.last_start is not None
+        assert sum(supervisor.last_start.phases_s.values()) == pytest.approx(supervisor.last_start.wall_s)
+        assert {"load", "capture"} <= set(supervisor.last_start.phases_s)
+
+    supervisor = supervise(socket_path, "--start-s", "0.3", act=act, lines=lines)
+    assert supervisor.state == "stopped"
+    assert supervisor.restarts == 0
+    assert "load 1 of 3" in lines.text
+    assert "MiB" in lines.text
+    assert "ready in" in lines.text
+
+
+@pytest.mark.parametrize("how", ["kill", "exit"])
+def test_a_crash_is_told_and_mended(socket_path: Path, how: str) -> None:
+    async def act(supervisor: Supervisor) -> None:
+        await supervisor.ready()
+        first, first_pid = engine(supervisor), supervisor.pid
+        streams = [asyncio.create_task(answer(first, [n], 500)) for n in range(8)]
+        await until(lambda: first.last_beat is not None and first.last_beat.running == 8)
+        if how == "kill":
+            assert first_pid is not None
+            os.kill(first_pid, signal.SIGKILL)
+        else:
+            streams.append(asyncio.create_task(answer(first, [EXIT_ID], 1)))
+        ended = await asyncio.gather(*streams, return_exceptions=True)
+        assert all(isinstance(error, EngineGone) for error in ended)
+        await until(lambda: supervisor.state == "restarting")
+        assert supervisor.client is None
+        assert supervisor.retry_after_s >= 1.0
+        await until(lambda: supervisor.state == "ready")
+        assert supervisor.pid != first_pid
+        assert await answer(engine(supervisor), [5], 3) == [6, 7, 8]
+        assert dict(supervisor.endings) == {"exit": 1}
+        assert supervisor.restarts == 1
+
+    lines = Lines()
+    supervise(socket_path, act=act, lines=lines)
+    assert ("was killed by SIGKILL" if how == "kill" else "ended with status 9") in lines.text
+
+
+def test_an_engine_that_says_nothing_is_replaced(socket_path: Path) -> None:
+    """SIGSTOP: the process lives, its socket is open, and nothing comes. Its streams hear of it by name."""
+
+    async def act(supervisor: Supervisor) -> None:
+        await supervisor.ready()
+        stopped = supervisor.pid
+        assert stopped is not None
+        stream = asyncio.create_task(answer(engine(supervisor), [1], 100_000))
+        await asyncio.sleep(0.1)
+        os.kill(stopped, signal.SIGSTOP)
+        with pytest.raises(EngineGone, match="has said nothing for"):
+            await stream
+        await until(lambda: supervisor.state == "ready")
+        assert not is_there(stopped)
+        assert await answer(engine(supervisor), [5], 3) == [6, 7, 8]
+        assert dict(supervisor.endings) == {"hang": 1}
+
+    supervise(socket_path, act=act)
+
+
+def test_an_engine_that_beats_and_does_not_step_is_replaced(socket_path: Path) -> None:
+    async def act(supervisor: Supervisor) -> None:
+        await supervisor.ready()
+        with pytest.raises(EngineGone, match="has made no step"):
+            await answer(engine(supervisor), [STALL_ID], 5)
+        await until(lambda: supervisor.state == "ready")
+        assert dict(supervisor.endings) == {"hang": 1}
+
+    supervise(socket_path, act=act)
+
+
+def test_a_quiet_engine_is_left_alone(socket_path: Path) -> None:
+    """Idle for much longer than a hang may last: beats come, steps need not."""
+
+    async def act(supervisor: Supervisor) -> None:
+        await supervisor.ready()
+        pid = supervisor.pid
+        await asyncio.sleep(2 * limits.hang_s)
+        assert (supervisor.pid, supervisor.state) == (pid, "ready")
+
+    limits = Limits(hang_s=1.5, tick_s=0.05)
+    assert supervise(socket_path, act=act, limits=limits).restarts == 0
+
+
+@pytest.mark.parametrize("option", ["--deaf", "--never-ready"])
+def test_a_start_that_never_ends_is_given_up(socket_path: Path, option: str) -> None:
+    async def act(supervisor: Supervisor) -> None:
+        assert not await supervisor.ready()
+        await supervisor.over()
+        assert supervisor.state == "failed"
+        assert supervisor.failure is not None
+        assert "has said nothing" in supervisor.failure
+
+    supervise(socket_path, option, act=act, limits=Limits(start_silence_s=0.8, grace_s=0.5, restarts=1, tick_s=0.05))
+
+
+def test_a_crash_loop_ends_when_the_budget_is_spent(socket_path: Path) -> None:
+    async def act(supervisor: Supervisor) -> None:
+        await supervisor.over()
+        assert supervisor.state == "failed"
+        assert supervisor.failure is not None
+        assert "after 3 restarts" in supervisor.failure
+        assert supervisor.restarts == 3
+
+    lines = Lines()
+    supervise(socket_path, "--crash-after", "0.01", act=act, lines=lines)
+    assert sum(line.startswith("engine: fake engine") for line in lines) == 4
+
+
+def test_settings_that_cannot_work_are_not_tried_again(socket_path: Path) -> None:
+    async def act(supervisor: Supervisor) -> None:
+        assert not await supervisor.ready()
+        assert supervisor.failure is not None
+        assert "does not want to start" in supervisor.failure
+        assert supervisor.restarts == 0
+
+    supervise(socket_path, "--exit-early", "2", act=act)
+
+
+def test_a_drain_lets_streams_finish_and_takes_no_more(socket_path: Path) -> None:
+    async def act(supervisor: Supervisor) -> None:
+        await supervisor.ready()
+        client, pid = engine(supervisor), supervisor.pid
+        stream = asyncio.create_task(answer(client, [1], 60))
+        await until(lambda: client.last_beat is not None and client.last_beat.running == 1)
+        draining = asyncio.create_task(supervisor.drain(PATIENCE_S))
+        await asyncio.sleep(0.05)
+        assert supervisor.state == "draining"
+        assert supervisor.client is client
+        assert supervisor.retry_after_s >= 1.0
+        assert await stream == list(range(2, 62))
+        await draining
+        assert supervisor.state == "stopped"
+        assert pid is not None
+        assert not is_there(pid)
+        assert supervisor.restarts == 0
+
+    supervise(socket_path, act=act)
+
+
+def test_a_drain_does_not_wait_for_ever(socket_path: Path) -> None:
+    async def act(supervisor: Supervisor) -> None:
+        await supervisor.ready()
+        stream = asyncio.create_task(answer(engine(supervisor), [1], 100_000))
+        await asyncio.sleep(0.05)
+        await supervisor.drain(0.2)
+        with pytest.raises(EngineGone):
+            await stream
+        assert supervisor.state == "stopped"
+
+    supervise(socket_path, act=act)
+
+
+@pytest.mark.parametrize("when", ["starting", "stubborn", "draining"])
+def test_a_stop_is_at_once(socket_path: Path, when: str) -> None:
+    """While it starts, while it will not end, and while it still drains (the second signal)."""
+
+    async def act(supervisor: Supervisor) -> None:
+        draining: asyncio.Task[None] | None = None
+        if when == "starting":
+            await until(lambda: supervisor.pid is not None)
+        else:
+            await supervisor.ready()
+        if when == "draining":
+            stream = asyncio.create_task(answer(engine(supervisor), [1], 100_000))
+            await asyncio.sleep(0.05)
+            draining = asyncio.create_task(supervisor.drain(1000.0))
+            await asyncio.sleep(0.05)
+        await supervisor.stop()
+        assert supervisor.state == "stopped"
+        if draining is not None:
+            await draining
+            with pytest.raises(EngineGone):
+                await stream
+
+    options = {"starting": ("--never-ready",), "stubborn": ("--stubborn",), "draining": ()}
+    supervise(socket_path, *options[when], act=act)
+
+
+def test_a_stop_before_the_start(socket_path: Path) -> None:
+    async def main() -> str:
+        supervisor = Supervisor(fake(), socket_path, limits=QUICK)
+        await supervisor.stop()
+        await supervisor.over()
+        return supervisor.state
+
+    assert asyncio.run(main()) == "stopped"
+
+
+def test_what_an_earlier_engine_left_is_in_nobodys_way(socket_path: Path) -> None:
+    process = spawn_engine(fake(), socket_path, lambda line: None)
+    eventually(socket_path.exists)
+    process.kill()
+    process.wait(PATIENCE_S)
+    assert socket_path.exists()
+
+    async def act(supervisor: Supervisor) -> None:
+        assert await supervisor.ready()
+
+    supervise(socket_path, act=act)
+
+
+# ------------------------------------------------------------------------------------------------------ several engines
+
+
+def test_a_pool_spreads_requests_and_outlives_an_engine(socket_path: Path) -> None:
+    async def main() -> None:
+        paths = [socket_path.with_name(f"{n}.sock") for n in range(2)]
+        said = Lines()
+        pool = EnginePool([Supervisor(fake(), path, limits=QUICK, say=said.append) for path in paths])
+        pool.start()
+        try:
+            assert pool.state == "starting"
+            assert pool.client is None
+            assert await pool.ready()
+            assert pool.state == "ready"
+            first = pool.client
+            assert first is not None
+            tasks = [asyncio.create_task(answer(first, [1], 400))]
+            await asyncio.sleep(0.02)
+            second = pool.client
+            assert second is not None
+            assert second is not first, "the busy one was chosen"
+            tasks += [asyncio.create_task(answer(second, [1], 400)) for _ in range(2)]
+            await asyncio.sleep(0.02)
+            assert pool.client is first
+            victim = next(one for one in pool.supervisors if one.client is second)
+            assert victim.pid is not None
+            os.kill(victim.pid, signal.SIGKILL)
+            await until(lambda: second.closed.is_set())
+            assert pool.client is first
+            assert pool.state == "ready"
+            await until(lambda: len(pool.clients) == 2)
+            assert pool.restarts == 1
+            assert dict(pool.endings) == {"exit": 1}
+            draining = asyncio.create_task(pool.drain(PATIENCE_S))
+            ended = await asyncio.gather(*tasks, return_exceptions=True)
+            assert ended[0] == list(range(2, 402))
+            assert [type(one) for one in ended[1:]] == [EngineGone, EngineGone]
+            await draining
+            assert pool.state == "stopped"
+        finally:
+            await pool.stop()
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
+    assert list(socket_path.parent.iterdir()) == []
