@@ -87,13 +87,21 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from jitgraph.bench.environment import collect_environment
     from jitgraph.bench.protocol import still_collector
     from jitgraph.model.device import resolve_device
+    from jitgraph.polling import BETWEEN_REQUESTS_S, FOR_AN_ANSWER_S, polling_s
 
     device = str(resolve_device(options.device))
+    spin_us, client_spin_us = (  # as engines and clients do it by themselves on this device
+        polling_s(None if given is None else given / 1e6, device, usual_s) * 1e6
+        for given, usual_s in (
+            (options.spin_us, BETWEEN_REQUESTS_S),
+            (options.client_spin_us, FOR_AN_ANSWER_S),
+        )
+    )
     raw: dict[str, Any] = {"environment": collect_environment(device)}
     with still_collector():
         counts = (options.requests, options.paused, options.decodes, options.channel_tokens)
-        samples = channel(*counts, options.spin_us, options.client_spin_us)
-    spins = {"spin_us": options.spin_us, "client_spin_us": options.client_spin_us}
+        samples = channel(*counts, spin_us, client_spin_us)
+    spins = {"spin_us": spin_us, "client_spin_us": client_spin_us}
     conditions = {"prompt_tokens": options.channel_tokens, "pause_ms": 50, **spins}
     raw["channel"] = {"conditions": conditions, "samples": samples}
     if options.channel_only:
@@ -135,8 +143,8 @@ def main() -> int:
     parser.add_argument("--paused", type=int, default=2000, help="and with a pause of 50 ms before each")
     parser.add_argument("--decodes", type=int, default=60, help="decoding requests through the channel")
     parser.add_argument("--channel-tokens", type=int, default=100, help="prompt length of these")
-    parser.add_argument("--spin-us", type=float, default=0.0, help="polling of the model-free engine after a request")
-    parser.add_argument("--client-spin-us", type=float, default=0.0, help="polling of the blocking client")
+    parser.add_argument("--spin-us", type=float, help="polling of the model-free engine after a request")
+    parser.add_argument("--client-spin-us", type=float, help="polling of the blocking client of that engine")
     parser.add_argument("--channel-only", action="store_true", help="no model")
     parser.add_argument("--output", type=Path, help="folder for the record")
     options = parser.parse_args()

@@ -1,4 +1,5 @@
-"""The command line: generate, chat, serve, engine, export, bench, report, collect-env. Heavy imports inside commands.
+"""The command line: generate, chat, serve, inspect, engine, export, bench, report, collect-env. Heavy imports are
+inside commands.
 
 Text goes to standard output, everything about it (progress, timings) to standard error. A ``JitgraphError`` prints its
 sentence and exits with 2, Ctrl-C exits with 130.
@@ -20,6 +21,7 @@ from jitgraph import __version__
 from jitgraph.bench.cli import bench, report
 from jitgraph.cli_collect_env import collect_env
 from jitgraph.cli_engine import engine
+from jitgraph.cli_inspect import inspect
 from jitgraph.cli_options import (
     BatchInvariant,
     ContextLength,
@@ -224,6 +226,7 @@ def export(
 
 app.command(name="collect-env")(collect_env)
 app.command(name="engine")(engine)
+app.command(name="inspect")(inspect)
 app.command(name="serve")(serve)
 app.command(name="bench")(bench)
 app.command(name="report")(report)
@@ -262,7 +265,10 @@ def _open(model: str, weights: str, seed: int, **settings: Any) -> LLM:
     from jitgraph.llm import LLM
 
     with progress_reporter() as progress:
-        return LLM(model, weights=weights, seed=seed, progress=progress, **settings)
+        llm = LLM(model, weights=weights, seed=seed, progress=progress, **settings)
+    for notice in llm.notices:
+        _note(notice)
+    return llm
 
 
 def _default_params(llm: LLM) -> SamplingParams:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from jitgraph import cli_options as options
-from jitgraph.config import EngineConfig, server_api_key
+from jitgraph.config import server_api_key
 from jitgraph.errors import ConfigError
 
 MOST_ENGINES = 16
@@ -23,6 +23,7 @@ RequestLog = Annotated[
 ]
 
 
+@options.takes_engine_options
 def serve(
     model: options.Model = "tiny",
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
@@ -31,6 +32,10 @@ def serve(
     allow_public: Annotated[
         bool, typer.Option("--allow-public", help="Let other machines in although no key is wanted.")
     ] = False,
+    allowed_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Origin (https://host:port) whose pages may use the server; `*` is any; may be repeated."),
+    ] = None,
     served_model_name: Annotated[
         list[str] | None, typer.Option(help="Name that clients ask for, instead of the model's; may be repeated.")
     ] = None,
@@ -41,27 +46,21 @@ def serve(
         str, typer.Option(help="`auto`, `cpu`, `cuda:1`; several, `cuda:0,cuda:1`, have an engine each.")
     ] = "auto",
     engines: Annotated[int | None, typer.Option(help="Engines on the CPU (default 1).")] = None,
-    weights: options.Weights = "checkpoint",
-    weights_seed: options.WeightSeed = 0,
-    dtype: options.Dtype = "auto",
-    max_model_len: options.ContextLength = None,
-    kv_cache_memory: options.KVMemory = None,
-    kv_window: options.KVWindow = None,
-    batch_invariant: options.BatchInvariant = False,
-    precapture: options.Precapture = "",
-    max_graphs: options.MaxGraphs = 50,
-    max_streams: options.MaxStreams = 8,
-    prefix_cache: options.PrefixCache = True,
-    strict: options.Strict = False,
-    max_queued: options.MaxQueued = 64,
-    shutdown_timeout: options.ShutdownTimeout = 30.0,
     hang_timeout: Annotated[
         float, typer.Option(metavar="SECONDS", help="Silence after which an engine counts as hung and is replaced.")
     ] = 10.0,
+    request_timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS", help="What one answer may take, its wait in the queue included (default: any)."
+        ),
+    ] = None,
     request_log: RequestLog = "-",
     metrics_prefix: Annotated[
         str, typer.Option(help="First part of the names of metrics; `vllm` suits dashboards made for it.")
     ] = "jitgraph",
+    *,
+    shared: options.EngineOptions,
 ) -> None:
     """Serve a model to clients of OpenAI's API, and try it in a browser.
 
@@ -72,47 +71,24 @@ def serve(
     from jitgraph.server.settings import ServerSettings
     from jitgraph.server.supervisor_policy import Limits
 
-    if not 0.0 <= shutdown_timeout < 1e9:
-        raise ConfigError(f"--shutdown-timeout must be a number of seconds from 0 up, not {shutdown_timeout}")
-    EngineConfig(  # what is wrong with these is said at once, not by an engine that has to be started for it
-        dtype=dtype,
-        max_model_len=max_model_len,
-        kv_cache_memory=kv_cache_memory,
-        kv_window=kv_window,
-        precapture_lengths=precapture or (),
-        max_graphs=max_graphs,
-        max_streams=max_streams,
-    )
-    values: dict[str, object] = {
-        "--weights": weights,
-        "--weights-seed": weights_seed,
-        "--dtype": dtype,
-        "--max-model-len": max_model_len,
-        "--kv-cache-memory": kv_cache_memory,
-        "--kv-window": kv_window,
-        "--precapture": precapture or None,
-        "--max-graphs": max_graphs,
-        "--max-streams": max_streams,
-        "--max-queued": max_queued,
-        "--shutdown-timeout": shutdown_timeout,
-    }
-    switches = [name for name, on in (("--batch-invariant", batch_invariant), ("--strict", strict)) if on]
-    switches.append("--prefix-cache" if prefix_cache else "--no-prefix-cache")
+    shared.config()  # what is wrong with these is said at once, not by an engine that has to be started for it
     key = server_api_key()
     settings = ServerSettings(
         served_names=tuple(served_model_name or ()),
         api_keys=tuple(api_key or ([key] if key else ())),
+        allowed_origins=tuple(allowed_origin or ()),
+        request_timeout_s=request_timeout,
         chat_template=None if chat_template is None else _read(chat_template),
     )
     code = run(
         ServeOptions(
             model=model,
-            commands=tuple(engine_command(model, one, values, switches) for one in devices(device, engines)),
+            commands=tuple(engine_command(model, one, shared) for one in devices(device, engines)),
             host=host,
             port=port,
             allow_public=allow_public,
             settings=settings,
-            shutdown_timeout_s=shutdown_timeout,
+            shutdown_timeout_s=shared.shutdown_timeout,
             limits=Limits(hang_s=hang_timeout),
             metrics_prefix=metrics_prefix,
             request_log=None if request_log == "none" else request_log,
@@ -146,11 +122,9 @@ def devices(text: str, engines: int | None) -> list[str]:
     return named
 
 
-def engine_command(model: str, device: str, values: dict[str, object], switches: list[str]) -> tuple[str, ...]:
-    """The command of one engine process, its socket aside. An option of None is left out."""
-    given = {"--device": device, **values}
-    words = [word for name, value in given.items() if value is not None for word in (name, str(value))]
-    return (sys.executable, "-m", "jitgraph", "engine", model, *words, *switches)
+def engine_command(model: str, device: str, shared: options.EngineOptions) -> tuple[str, ...]:
+    """The command of one engine process, its socket aside."""
+    return (sys.executable, "-m", "jitgraph", "engine", model, "--device", device, *shared.words())
 
 
 def _read(path: Path) -> str:

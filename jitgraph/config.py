@@ -53,9 +53,11 @@ def server_api_key() -> str | None:
     return os.environ.get("JITGRAPH_API_KEY") or None
 
 
-def engine_environment() -> dict[str, str]:
-    """The environment of an engine process: this one's without the server's key, which is no business of an engine."""
-    return {name: value for name, value in os.environ.items() if name != "JITGRAPH_API_KEY"}
+def engine_environment(threads: int | None = None) -> dict[str, str]:
+    """The environment of an engine process: this one's without the server's key, which is no business of an engine.
+    ``threads``: for its work on the CPU, unless the user has said how many (``OMP_NUM_THREADS``)."""
+    wanted = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    return {**wanted, **{name: value for name, value in os.environ.items() if name != "JITGRAPH_API_KEY"}}
 
 
 def environment_settings() -> dict[str, str]:

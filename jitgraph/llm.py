@@ -82,6 +82,8 @@ class LLM:
         self._default_params = opened.default_params
         self.unsupported_defaults = opened.unsupported_defaults
         """Settings of ``generation_config.json`` that this engine does not have, as ``name value``."""
+        self.notices = opened.engine.notices
+        """What to know of how this model runs, where it is not native: a sentence each."""
         self._lock = FairLock()
         self._live: dict[int, Live] = {}
         self.abandoned: deque[Live] = deque()

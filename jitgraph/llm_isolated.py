@@ -88,6 +88,7 @@ class IsolatedLLM(LLM):
         self.name = facts.model
         self.device = torch.device(facts.device)
         self.unsupported_defaults = tuple(facts.about["unsupported_defaults"])
+        self.notices = tuple(facts.about["notices"])
         self._closed = False
 
     @property

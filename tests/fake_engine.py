@@ -183,7 +183,12 @@ def main() -> int:
     if options.grandchild:
         print("grandchild", subprocess.Popen(["sleep", "1000"]).pid, flush=True)
     print(f"fake engine {os.getpid()}", flush=True)
-    return FakeEngine(options).run()
+    engine = FakeEngine(options)
+    try:
+        return engine.run()
+    except KeyboardInterrupt:
+        engine.tell(m.Goodbye("told to end at once"))
+        return 130
 
 
 if __name__ == "__main__":

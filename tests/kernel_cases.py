@@ -23,7 +23,7 @@ from jitgraph.jit.kernel import Kernel
 from jitgraph.ops import attention, elementwise, linear, prefill_fused, sampling
 from jitgraph.ops.inbox import InboxLayout
 from jitgraph.ops.reference import Rolling, Rope
-from jitgraph.ops.reference_linear import LinearScratch
+from jitgraph.ops.reference_linear import SplitScratch
 from jitgraph.ops.ring import RING_FIELDS
 from jitgraph.ops.select import op_names
 from jitgraph.ops.slots import BLOCK_TABLE, SlotTable, mask_words
@@ -181,8 +181,8 @@ def compile_norm_linear(cases: Cases, layout: Layout, tokens: int) -> None:
         cases.run(STANDARD.norm_linear, None, residual, norm, 1e-5, weight, bias, *where)
 
 
-def product_scratch(cases: Cases, outputs: int) -> LinearScratch:
-    return LinearScratch(cases.floats(linear.partial_words(outputs)), cases.ints(linear.arrival_words(outputs)))
+def product_scratch(cases: Cases, outputs: int) -> SplitScratch:
+    return SplitScratch(cases.floats(linear.partial_words(outputs)), cases.ints(linear.arrival_words(outputs)))
 
 
 def compile_attention(cases: Cases, layout: Layout, slots: SlotTable, tokens: int) -> None:

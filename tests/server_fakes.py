@@ -47,6 +47,7 @@ class Asked:
     salt: str
     prompt_logprobs: int | None
     grammar: Grammar | None
+    timeout_s: float
     cancelled: threading.Event = field(default_factory=threading.Event)
     sent: int = 0
 
@@ -83,7 +84,7 @@ class FakeStream:
             raise EngineGone("the engine process has closed the connection")
         if engine.withdraw_after is not None and self._tokens >= engine.withdraw_after:
             self._ended = True
-            return Tokens(1, (), (), finish_reason="cancelled")
+            return Tokens(1, (), (), finish_reason=engine.withdraw_as)
         return self._news()
 
     def _news(self) -> Tokens:
@@ -143,6 +144,7 @@ class FakeEngine:
         self.refuse: RequestRefused | None = None
         self.die_after: int | None = None
         self.withdraw_after: int | None = None
+        self.withdraw_as = "cancelled"
         self._seen_ns = time.perf_counter_ns()
 
     @property
@@ -159,6 +161,7 @@ class FakeEngine:
         salt: str = "",
         prompt_logprobs: int | None = None,
         grammar: Grammar | None = None,
+        timeout_s: float = 0.0,
     ) -> FakeStream:
         if self.gone is not None:
             raise EngineGone(self.gone)
@@ -168,7 +171,7 @@ class FakeEngine:
         limit = self.facts.max_model_len
         assert limit is None or len(ids) + params.max_tokens <= limit, "over the context"
         assert params.stop == (), "stop strings mean nothing to an engine"
-        asked = Asked(tuple(ids), params, salt, prompt_logprobs, grammar)
+        asked = Asked(tuple(ids), params, salt, prompt_logprobs, grammar, timeout_s)
         self.asked.append(asked)
         answer = list(self.answer(asked))
         if params.ignore_eos:
@@ -376,7 +379,7 @@ class Served:
         self._socket = socket.socket()
         self._socket.bind(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]
-        self.server = make_server(site.app, site.settings, "127.0.0.1", self.port, timeout_graceful_shutdown=1)
+        self.server = make_server(site.app, site.settings, "127.0.0.1", self.port, grace_s=1.0)
         self.server.config.setup_event_loop = lambda: None  # type: ignore[method-assign]
         self._thread = threading.Thread(target=self._run, daemon=True)
 

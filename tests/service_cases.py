@@ -145,8 +145,8 @@ class Talk:
         self.socket.close()
 
 
-def submission(request_id: int, ids: list[int], **params: Any) -> Submit:
-    return Submit(request_id, pack_ids(ids), pack_params(SamplingParams(**params)))
+def submission(request_id: int, ids: list[int], timeout_s: float = 0.0, **params: Any) -> Submit:
+    return Submit(request_id, pack_ids(ids), pack_params(SamplingParams(**params)), timeout_s=timeout_s)
 
 
 def counted(ids: list[int], tokens: int) -> list[int]:

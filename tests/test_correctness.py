@@ -158,7 +158,12 @@ def test_alone_and_in_a_batch(pair: tuple[Any, Path], device: torch.device) -> N
             assert_close(engine, last, f"{NEW_TOKENS} tokens after the prompt of {len(ids)}")
     poison(engine)
     assert run(engine, prompts()) == expected, "in a batch of 4"
-    assert run(engine, prompts()[::-1]) == expected[::-1], "on reused pages that still hold the last batch"
+    assert run(engine, prompts()[::-1]) == expected[::-1], "on pages that are kept for prompts that begin alike"
+    forgetful = make_engine(folder, device, prefix_cache=False)
+    assert run(forgetful, prompts()) == expected
+    assert run(forgetful, prompts()[::-1]) == expected[::-1], "on reused pages that still hold the last batch"
+    poison(forgetful)
+    assert run(forgetful, prompts()) == expected, "on reused pages that hold poison"
 
 
 def test_graphs_do_not_change_tokens(pair: tuple[Any, Path], device: torch.device) -> None:

@@ -4,12 +4,16 @@ nothing is left.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import signal
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import msgspec
 import pytest
@@ -29,6 +33,8 @@ from service_cases import (
 )
 
 from jitgraph.engine import service_hub
+from jitgraph.engine.service_figures import Figures
+from jitgraph.engine.service_requests import Limits, Requests
 from jitgraph.errors import CompileError, DeviceError, RequestError
 from jitgraph.ipc.frames import encode
 from jitgraph.ipc.messages import (
@@ -239,6 +245,9 @@ WRONG = {
     "not a number": (Submit(1, pack_ids([1]), params(top_p=math.nan)), "request", "top_p"),
     "a map as a key": (Submit(1, pack_ids([1]), msgspec.Raw(b"\x81\x80\x01")), "request", ""),
     "a long salt": (Submit(1, pack_ids([1]), GOOD, salt="x" * 5000), "request", "salt"),
+    "time below zero": (submission(1, [1], timeout_s=-1.0), "request", "timeout_s"),
+    "no time at all": (submission(1, [1], timeout_s=math.nan), "request", "timeout_s"),
+    "time for ever": (submission(1, [1], timeout_s=math.inf), "request", "timeout_s"),
     "an unknown grammar": (Submit(1, pack_ids([1]), GOOD, grammar=Grammar("poem")), "request", "grammar"),
     "too many prompt logprobs": (Submit(1, pack_ids([1]), GOOD, prompt_logprobs=21), "request", "prompt_logprobs"),
 }
@@ -305,6 +314,75 @@ def test_cancelled_requests_end_at_once(tmp_path: Path) -> None:
         served.engine.gate.release(60)
         assert talk.answer(0) == (counted([9], 2), "length"), "nothing of the first request with this id is left"
         assert talk.answer(1)[1] == "length"
+
+
+# ------------------------------------------------------------------------------------------------------------ deadlines
+
+
+def test_time_that_is_over_ends_what_waits_and_what_runs(tmp_path: Path) -> None:
+    with serving(tmp_path, gated()) as served:
+        talk = served.talk()
+        served.engine.gate.release(1)
+        talk.submit(0, [5], max_tokens=50, timeout_s=0.2)
+        assert talk.until(Tokens).token_ids == (5,)
+        talk.submit(1, [1], max_tokens=50)
+        talk.submit(2, [2], max_tokens=50, timeout_s=0.2)
+        refused = {one.request_id: one for one in (talk.until(Refused) for _ in range(2))}
+        assert set(refused) == {0, 2} and {one.kind for one in refused.values()} == {"deadline"}
+        assert "0.2 s" in refused[0].message and "in part" in refused[0].message
+        assert "first token" in refused[2].message
+        wait_for(lambda: served.engine.pages == 1, "the page is free again")
+        talk.submit(0, [9], max_tokens=1)
+        served.engine.gate.release(60)
+        assert talk.answer(0) == (counted([9], 1), "length"), "the id may be used again"
+        assert talk.answer(1) == (counted([1], 50), "length"), "nobody else is disturbed"
+        assert talk.stats()["requests"] == {"length": 2, "refused_deadline": 2}
+
+
+def test_time_enough_changes_nothing_and_leaves_nothing(served: Served) -> None:
+    talk = served.talk()
+    for number in range(1500):
+        talk.submit(number, [number % 9], max_tokens=1, timeout_s=10_000.0)
+        assert talk.answer(number) == (counted([number % 9], 1), "length")
+    assert len(served.service._requests._deadlines) < 600, "what has ended is sorted out"
+
+
+def test_a_grammar_that_takes_too_long_is_not_waited_for(tmp_path: Path) -> None:
+    """The engine itself is idle meanwhile."""
+    grammars = Compiling()
+    with serving(tmp_path, grammars=grammars) as served:
+        talk = served.talk()
+        plain = submission(1, [1], max_tokens=3, timeout_s=0.1)
+        talk.say(msgspec.structs.replace(plain, grammar=Grammar("regex", "slow")))
+        refused = talk.until(Refused)
+        assert (refused.request_id, refused.kind) == (1, "deadline")
+        assert not served.engine.validated
+        grammars.finish()
+        assert talk.stats()["requests"] == {"refused_deadline": 1} and not served.engine.validated
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 50), st.booleans()), max_size=40), st.integers(0, 60))
+def test_exactly_those_whose_time_is_over_end(requests: list[tuple[int, bool]], now: int) -> None:
+    """(Seconds given, whether it has ended by itself); all of them come at second 0."""
+    engine = Counting()
+    client = SimpleNamespace(requests={}, name="")
+    sent: list[Any] = []
+    hub = SimpleNamespace(send=lambda _, record: sent.append(record))
+    books = Requests(engine, hub, Limits(2, 100, None), Figures(), lambda error: None)
+    with mock.patch("jitgraph.engine.service_requests.time.monotonic", lambda: 0.0):
+        for number, (seconds, _) in enumerate(requests):
+            books.submit(client, submission(number, [1], max_tokens=5, timeout_s=seconds))
+    for number, (_, ended) in enumerate(requests):
+        if ended:
+            books.cancel(client, number)
+    sent.clear()
+    late = [n for n, (seconds, ended) in enumerate(requests) if not ended and seconds <= now]
+    assert not late or books.next_deadline_s <= now
+    books.expire(now)
+    assert sorted(record.request_id for record in sent) == late
+    assert len(books) == sum(not ended for _, ended in requests) - len(late)
+    assert books.next_deadline_s > now
 
 
 def test_a_client_that_goes_takes_its_requests_along(tmp_path: Path) -> None:
@@ -413,10 +491,88 @@ def test_a_slow_reader_loses_its_connection_and_stalls_nobody(tmp_path: Path) ->
             except OSError:
                 break
             if number % 500 == 0:
-                other.submit(number, [number], max_tokens=3)
-                assert other.answer(number) == (counted([number], 3), "length")
+                other.submit(number, [number % 7], max_tokens=3)
+                assert other.answer(number) == (counted([number % 7], 3), "length")
         wait_for(lambda: len(served.hub.clients) == 1, "the slow reader is given up")
         assert other.settled().free_pages == 2
+        last = slow.closed()[-1]
+        assert isinstance(last, Goodbye) and "20000 bytes unread" in last.reason, "and told so, once it reads"
+        slow.close()
+        wait_for(lambda: not served.hub._parting, "nothing is left of it")
+
+
+def test_who_is_sent_away_while_sending_hears_why(tmp_path: Path) -> None:
+    """The engine must not close a connection with something unread in it: that resets it, whatever was said before."""
+    with serving(tmp_path) as served:
+        talk = served.talk()
+        talk.say(Hello(PROTOCOL, "again"))
+        for number in range(2000):
+            talk.submit(number, [1] * 50, max_tokens=1)  # into a connection that is closing, and never refused
+        records = []
+        with contextlib.suppress(EOFError):
+            while True:
+                data = talk.socket.recv(2**16)  # not ``Talk.read``, which takes a reset for an end
+                if not data:
+                    break
+                records += talk._framer.feed(data)
+        assert isinstance(records[-1], Goodbye) and "Hello comes once" in records[-1].reason
+        assert not any(isinstance(record, Tokens) for record in records), "nothing of it was heard"
+
+
+def test_who_was_sent_away_and_does_not_read_is_closed(
+    hub: service_hub.Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talks = [joined(hub, tmp_path / "hub.sock", f"number {n}") for n in range(5)]
+    monkeypatch.setattr(service_hub, "MAX_CLIENTS", 3)
+    for client in hub.clients:
+        hub.dismiss(client, "the test wants it")
+        hub.dismiss(client, "twice does no harm")
+    assert hub.handler.gone == [f"number {n}" for n in range(5)]
+    assert len(hub._parting) == 3, "a flood of them takes no more places than clients do"
+    hub.tick()
+    assert len(hub._parting) == 3
+    for client in hub._parting.values():
+        client.until_s = 0.0
+    hub.tick()
+    assert not hub._parting and not hub.clients
+    assert all(talk.closed()[-1] == Goodbye("the test wants it") for talk in talks)
+
+
+def test_the_end_is_told_to_who_is_sending(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    hub = service_hub.Hub(service_hub.Listener(tmp_path / "hub.sock"))
+    hub.handler = Listening()
+    talk = joined(hub, tmp_path / "hub.sock", "busy")
+    talk.say(*(Cancel(number) for number in range(5000)))
+    hub.close("the end")
+    received = bytearray()
+    while data := talk.socket.recv(2**16):  # a reset would raise
+        received += data
+    assert list(talk._framer.feed(bytes(received)))[-1] == Goodbye("the end")
+
+
+def test_any_signal_wakes_the_hub_whichever_thread_gets_it(hub: service_hub.Hub) -> None:
+    """The kernel may hand a signal to any thread; Python's handler runs in the main one, which waits in the poller."""
+    caught: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: caught.append(number))
+    hub.wake_on_signals()
+
+    def interrupt() -> None:
+        time.sleep(0.05)
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+
+    thread = threading.Thread(target=interrupt)
+    try:
+        begun = time.monotonic()
+        thread.start()
+        hub.look(PATIENCE_S)
+        assert time.monotonic() - begun < PATIENCE_S / 2, "it slept on"
+        assert caught == [signal.SIGUSR1]
+    finally:
+        thread.join()
+        signal.signal(signal.SIGUSR1, before)
+    hub.close("the test is over")
+    assert signal.set_wakeup_fd(-1) == -1, "the process is left as it was"
 
 
 def test_a_reader_that_is_late_gets_everything(tmp_path: Path) -> None:

@@ -217,6 +217,22 @@ def test_withdrawn_requests_leave_the_others_alone(served: Served, llm: LLM) -> 
     assert beat.free_pages == beat.total_pages
 
 
+def test_time_that_is_over_frees_pages_and_leaves_the_others_alone(served: Served, llm: LLM) -> None:
+    """Alone, so in the middle of a loop of the device, and beside others, waiting and running."""
+    wanted = requests(4)
+    answers, talk = alone(llm, wanted), served.talk()
+    total = talk.settled().total_pages
+    talk.submit(90, [3, 4], timeout_s=0.05, max_tokens=LONG, ignore_eos=True)
+    assert talk.answer(90)[1] == "refused deadline" and talk.settled().free_pages == total
+    for number in range(12):  # more than run at once
+        talk.submit(100 + number, [number + 3], timeout_s=0.05, max_tokens=LONG, ignore_eos=True)
+    for number, (ids, params) in enumerate(wanted):
+        talk.say(Submit(number, pack_ids(ids), pack_params(params)))
+    assert {talk.answer(100 + number)[1] for number in range(12)} == {"refused deadline"}
+    assert [talk.answer(number) for number in range(4)] == answers
+    assert talk.settled().free_pages == total
+
+
 def test_a_failure_in_a_step_is_survived(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     talk = served.talk()
     talk.submit(1, [3, 4], max_tokens=4)

@@ -45,7 +45,9 @@ def models(device: torch.device) -> Iterator[tuple[Any, Any, Engine]]:
     for model in (half, full):
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
         model.eval()
-    engine = Engine(loaded.spec, loaded.weights, EngineConfig(max_model_len=1024, max_streams=4), ())
+    engine = Engine(
+        loaded.spec, loaded.weights, EngineConfig(max_model_len=1024, max_streams=4, prefix_cache=False), ()
+    )
     yield full, half, engine
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -361,7 +362,7 @@ def test_a_slow_reader_costs_no_waiting_and_bounded_memory() -> None:
             sent += 1
             most = max(most, left.unsent)
     assert 1_000_000 - frame < most <= 1_000_000
-    assert left.unsent == 0  # given up, and its memory with it
+    assert left.unsent <= frame  # given up, and its memory with it; what has begun is sent to its end
     got = receive_all(right)
     assert got == [BIG] * len(got)
     assert 0 < len(got) < sent
@@ -378,13 +379,63 @@ def test_a_connection_given_up_sends_no_more_but_receives() -> None:
             left.send(BIG)
     with pytest.raises(ProtocolError, match="unread"):
         left.send(Cancel(1))
-    receive_all(right)
-    left.flush()
+    receive_all(right, left)
     with pytest.raises(ProtocolError, match="unread"):
         left.send(Cancel(1))
-    assert receive_all(right) == []
+    assert receive_all(right, left) == []
     assert list(left.receive()) == [Cancel(7)]
     left.close()
+    right.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 60_000), max_size=60),
+    most=st.integers(0, 300_000),
+    reads=st.lists(st.booleans(), max_size=60),
+)
+def test_a_last_record_arrives_whole_whatever_waits(sizes: list[int], most: int, reads: list[bool]) -> None:
+    """Also where the reader was too slow: then what had not begun is left out, and nothing is torn."""
+    left, right = pair(most_unsent=most)
+    taken, got = 0, []
+    for size, read in itertools.zip_longest(sizes, reads, fillvalue=False):
+        try:
+            left.send(Submit(taken, b"x" * int(size), BIG.params))
+            taken += 1
+        except ProtocolError:
+            break
+        if read:
+            got += list(right.receive())
+            left.flush()
+    left.send_last(Cancel(77))
+    for record in (Cancel(1), AskStats()):
+        with pytest.raises(ProtocolError):
+            left.send(record)
+    got += receive_all(right, left)
+    assert got[-1] == Cancel(77)
+    numbers = [record.request_id for record in got[:-1]]
+    assert numbers == list(range(len(numbers))), "in order, and none after one that was left out"
+    assert len(numbers) == taken or "unread" in left._broken
+    left.finish()
+    with pytest.raises(ProtocolError, match="closed the connection"):
+        list(right.receive())
+    right.close()
+    with pytest.raises(ProtocolError):
+        left.discard()
+    left.close()
+
+
+def test_what_is_thrown_away_does_not_reset_the_connection() -> None:
+    """A Unix socket closed with something unread in it resets its peer, which may then lose the reason."""
+    left, right = pair()
+    right.send(Cancel(1))
+    left.send_last(Cancel(2))
+    left.finish()
+    left.discard()
+    left.close()
+    assert list(right.receive()) == [Cancel(2)]
+    with pytest.raises(ProtocolError, match="closed the connection"):
+        list(right.receive())
     right.close()
 
 

@@ -9,16 +9,16 @@ import torch
 from ops_cases import DTYPES, poison
 
 from jitgraph.ops import linear, reference_linear
-from jitgraph.ops.reference_linear import LinearScratch
+from jitgraph.ops.reference_linear import SplitScratch
 
 TOKENS = (1, 7, 17)
 SHAPES = ((24, 40), (70, 96), (34, 520))
 """(outputs, inputs): neither multiples of the tiles nor powers of two."""
 
 
-def _scratch(device: torch.device) -> LinearScratch:
+def _scratch(device: torch.device) -> SplitScratch:
     sums = torch.full((linear.partial_words(4096),), torch.nan, device=device)
-    return LinearScratch(sums, torch.zeros(linear.arrival_words(4096), dtype=torch.int32, device=device))
+    return SplitScratch(sums, torch.zeros(linear.arrival_words(4096), dtype=torch.int32, device=device))
 
 
 def _random(*shape: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -17,6 +17,7 @@ from jitgraph.model.presets import preset_config
 from jitgraph.ops import elementwise, prefill_fused, reference_prefill
 from jitgraph.ops.pdl import PDL_TOKENS
 from jitgraph.ops.reference import Rope
+from jitgraph.ops.reference_linear import SplitScratch
 from jitgraph.ops.select import prompt_classes, select_ops
 
 Tile = tuple[int, int, int, int]
@@ -66,14 +67,22 @@ def _inputs(
     return Inputs(paged, qkv, positions, token_slot, _rope(dh, start + tokens + 1, device))
 
 
+def _scratch(layout: tuple[int, int, int], device: torch.device) -> SplitScratch:
+    """Exactly as much as is promised to be enough, and poisoned."""
+    hq, _, dh = layout
+    partial = torch.full((prefill_fused.partial_words(hq, dh),), torch.nan, device=device)
+    return SplitScratch(partial, torch.zeros(prefill_fused.arrival_words(hq), dtype=torch.int32, device=device))
+
+
 def _fused(inputs: Inputs, layout: tuple[int, int, int], chunk: Chunk) -> tuple[torch.Tensor, ...]:
     """(out, k, v) of the kernel, on copies of the poisoned cache."""
     hq, _, dh = layout
     paged, qkv, positions, token_slot, rope = inputs
     k, v = paged.k.clone(), paged.v.clone()
     out = torch.full((chunk.tokens, hq, dh), torch.nan, dtype=qkv.dtype, device=qkv.device)
-    where = (positions, token_slot, paged.slots, rope)
-    prefill_fused.rope_prefill_attention(qkv, *where, k, v, dh**-0.5, chunk.window, out)
+    where, scratch = (positions, token_slot, paged.slots, rope), _scratch(layout, qkv.device)
+    prefill_fused.rope_prefill_attention(qkv, *where, k, v, dh**-0.5, chunk.window, out, scratch)
+    assert not scratch.arrivals.any()  # ready for the next launch
     return out, k, v
 
 
@@ -86,7 +95,7 @@ def _check(device: torch.device, layout: tuple[int, int, int], dtype: torch.dtyp
     expected = torch.empty_like(out)
     clean = qkv.nan_to_num(0.0)
     reference_prefill.rope_prefill_attention(
-        clean, *where, paged.k0, paged.v0, dh**-0.5, chunk.window, expected
+        clean, *where, paged.k0, paged.v0, dh**-0.5, chunk.window, expected, _scratch(layout, device)
     )  # fmt: skip
     close(out[: chunk.real], expected[: chunk.real])
     assert not out[chunk.real :].any()  # NaN counts as something
@@ -119,8 +128,39 @@ def test_sizes(device: torch.device, layout: tuple[int, int, int], chunk: Chunk)
     _check(device, layout, torch.float16, chunk)
 
 
+SPLIT = [
+    Chunk(20, 20, start=2000),  # as many programs as may be
+    Chunk(16, 11, start=257),  # two
+    Chunk(16, 16, start=256),  # one: the context is not worth another
+    Chunk(40, 20, start=700),  # a block of nothing but padding
+    Chunk(20, 20, start=600, window=300),
+    Chunk(20, 17, start=1500, window=9),  # most parts of the context are seen by nobody
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("chunk", SPLIT)
+def test_programs_share_a_long_context(device: torch.device, layout: tuple[int, int, int], chunk: Chunk) -> None:
+    assert prefill_fused.fused_splits(chunk.tokens, layout[0]) > 1
+    _check(device, layout, torch.float16, chunk, page=64)
+
+
+def test_shared_contexts_give_the_same_bits_again(device: torch.device) -> None:
+    """Whoever arrives last adds in the order of the parts."""
+    layout, chunk = LAYOUTS[0], SPLIT[0]
+    inputs = _inputs(device, layout, torch.float16, chunk, page=64)
+    first = _fused(inputs, layout, chunk)[0]
+    for _ in range(1 if device.type == "cpu" else 50):
+        assert torch.equal(_fused(inputs, layout, chunk)[0], first)
+
+
 TILES = [(16, 16, 4, 1), (16, 32, 4, 1), (16, 64, 4, 2), (32, 16, 4, 3), (64, 32, 4, 1), (64, 64, 8, 1)]
 """Blocks of keys that divide those of queries and that do not; the next block in registers and in shared memory."""
+
+
+def _use(tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill_fused, "fused_tile", lambda *_: tile)
+    monkeypatch.setattr(prefill_fused, "_MOST_ROWS", max(tile[0], prefill_fused._MOST_ROWS))
 
 
 @pytest.mark.parametrize("tile", TILES)
@@ -135,7 +175,7 @@ TILES = [(16, 16, 4, 1), (16, 32, 4, 1), (16, 64, 4, 2), (32, 16, 4, 3), (64, 32
     ],
 )
 def test_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch, tile: Tile, chunk: Chunk) -> None:
-    monkeypatch.setattr(prefill_fused, "fused_tile", lambda *_: tile)
+    _use(tile, monkeypatch)
     _check(device, (2, 1, 24), torch.float16, chunk)
 
 
@@ -152,7 +192,7 @@ def test_keys_below_the_window_are_not_read(device: torch.device) -> None:
 def test_padding_does_not_change_the_bits(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, tile: Tile, start: int
 ) -> None:
-    monkeypatch.setattr(prefill_fused, "fused_tile", lambda *_: tile)
+    _use(tile, monkeypatch)
     layout, found = (2, 1, 16), []
     for tokens in (75, 80, 160):
         chunk = Chunk(tokens, 75, start)
@@ -171,7 +211,9 @@ def test_a_prompt_in_chunks_is_the_prompt(device: torch.device) -> None:
     for at in (slice(0, 40), slice(40, 41), slice(41, 90)):
         part = torch.full_like(out[at], torch.nan)
         where = (inputs.positions[at], inputs.token_slot[at], inputs.paged.slots, inputs.rope)
-        prefill_fused.rope_prefill_attention(inputs.qkv[at], *where, *cache, 16**-0.5, 0, part)
+        prefill_fused.rope_prefill_attention(
+            inputs.qkv[at], *where, *cache, 16**-0.5, 0, part, _scratch(layout, device)
+        )
         parts.append(part)
     close(torch.cat(parts), out)
     for a, b in zip(cache, (k, v), strict=True):
@@ -199,7 +241,8 @@ def test_fused_classes_stand_for_all_sizes(heads: int, chunk: int) -> None:
 
         def kind(tokens: int, dh: int = dh, dtype: torch.dtype = dtype) -> tuple[object, ...]:
             tile = prefill_fused.fused_tile(tokens, heads, dh, dtype)
-            return tile, tokens == 1, tokens % 16 == 0, tokens <= PDL_TOKENS
+            splits = prefill_fused.fused_splits(tokens, heads)
+            return tile, splits, tokens == 1, tokens % 16 == 0, tokens <= PDL_TOKENS
 
         assert {kind(tokens) for tokens in classes} == {kind(tokens) for tokens in range(1, chunk + 1)}
 
@@ -226,6 +269,16 @@ def test_where_it_is_used(device: torch.device) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("layout", [(32, 32, 128), (32, 8, 128), (14, 2, 64), (32, 32, 80), (32, 32, 96), (4, 2, 256)])
-@pytest.mark.parametrize("chunk", [Chunk(1, 1), Chunk(100, 97), Chunk(300, 290, start=200), Chunk(512, 512, window=99)])
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        Chunk(1, 1),
+        Chunk(100, 97),
+        Chunk(20, 20, start=2000),
+        Chunk(64, 50, start=1000, window=700),
+        Chunk(300, 290, start=200),
+        Chunk(512, 512, window=99),
+    ],
+)
 def test_large(device: torch.device, layout: tuple[int, int, int], dtype: torch.dtype, chunk: Chunk) -> None:
     _check(device, layout, dtype, chunk, page=16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 
 from jitgraph.jit.disk_cache import DiskCache
 from jitgraph.ops import products
+from jitgraph.ops.cublaslt import Algorithm
 from jitgraph.ops.linear import Products
 from jitgraph.ops.products import TUNED_TOKENS, TunedProducts, tune_products, tuned_points
-from jitgraph.ops.reference_linear import LinearScratch, ProductShape
+from jitgraph.ops.reference_linear import ProductShape, SplitScratch
 
 LEAST, MOST = 17, 96
 SHAPES = (ProductShape(512, 1024, False), ProductShape(1024, 512, True))
@@ -57,10 +59,63 @@ def test_products_ask_it_first_and_else_use_torch(tokens: int) -> None:
     x, weight = torch.randn(tokens, 24), torch.randn(16, 24)
     residual = torch.randn(tokens, 16)
     expected = torch.full_like(residual, 7) if tokens == 32 else residual + x @ weight.t()
-    scratch = LinearScratch(torch.zeros(1), torch.zeros(1, dtype=torch.int32))
+    scratch = SplitScratch(torch.zeros(1), torch.zeros(1, dtype=torch.int32))
     assert ops.linear_add(x, weight, None, torch.empty(tokens, 16), residual, scratch) is None
     torch.testing.assert_close(residual, expected)
     assert recorder.asked == [(tokens, True)]
+
+
+class _Numbered:
+    """A product whose algorithms are tiles with a number; the library proposes 1 and 5, and 100 needs too much room."""
+
+    def candidates(self, most: int, workspace: int) -> list[Algorithm]:
+        return [self._numbered(1), self._numbered(5)]
+
+    def split(self, algorithm: Algorithm, parts: int) -> Algorithm | None:
+        return None
+
+    def tile(self, algorithm: Algorithm) -> int:
+        return algorithm.code[0]
+
+    def neighbours(self, algorithm: Algorithm, tiles: list[int]) -> Iterator[list[Algorithm]]:
+        yield [self._numbered(tile) for tile in tiles if tile >= 0]
+        yield [Algorithm(bytes([100]), products.WORKSPACE_BYTES + 1)]
+
+    @staticmethod
+    def _numbered(tile: int) -> Algorithm:
+        return Algorithm(bytes([tile]), 0)
+
+
+def _bench(us: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> products._Bench:
+    like = [torch.zeros(4, 4)]
+    bench = products._Bench(_Numbered(), False, 2, like, torch.empty(0), 0)  # type: ignore[arg-type]
+    monkeypatch.setattr(bench, "_us", lambda algorithm, layers: us[algorithm.code[0]])
+    monkeypatch.setattr(bench, "_torch_us", lambda: 10.0)
+    monkeypatch.setattr(bench, "_right", lambda algorithm: True)
+    return bench
+
+
+def test_the_search_finds_the_fastest_tile_near_the_proposals(monkeypatch: pytest.MonkeyPatch) -> None:
+    us = dict.fromkeys(range(9), 9.0) | {7: 6.0, 100: 1.0}
+    found = _bench(us, monkeypatch).search()
+    assert found is not None and found.code == bytes([7]), "100 is faster, but has no room"
+
+
+@pytest.mark.parametrize(("searched_us", "expected"), [(6.0, 7), (9.9, None), (math.inf, None)])
+def test_what_was_searched_elsewhere_must_beat_torch_here(
+    monkeypatch: pytest.MonkeyPatch, searched_us: float, expected: int | None
+) -> None:
+    found = _bench({1: 11.0, 5: 12.0, 7: searched_us}, monkeypatch).best([])
+    assert found is None, "the proposals alone are slower than torch"
+    bench = _bench({1: 11.0, 5: 12.0, 7: searched_us}, monkeypatch)
+    monkeypatch.setattr(bench._product, "checked", lambda code: Algorithm(code, 0), raising=False)
+    found = bench.best(["07"])
+    assert (found and found.code[0]) == expected
+
+
+def test_rounds_go_on_until_the_fastest_two_agree() -> None:
+    assert products._agree([[10.0, 5.0], [10.05, 9.0], [12.0, 5.04]])
+    assert not products._agree([[10.0, 5.0], [10.05, 9.0], [12.0, 5.2]]), "the second one was fast but once"
 
 
 # ------------------------------------------------------------------------------------------------------------- on a GPU

@@ -26,6 +26,7 @@ from server_fakes import EOS, TOKENIZER, FakeBackend, FakeEngine, Served, Site, 
 from jitgraph.ipc.messages import Beat
 from jitgraph.server import page
 from jitgraph.server.app import create_app
+from jitgraph.server.auth import Keys
 from jitgraph.server.page import page_routes
 from jitgraph.server.settings import ServerSettings
 from jitgraph.text.prose import ASSETS
@@ -274,10 +275,30 @@ def test_an_engine_that_ends(browser: Browser, server: Served) -> None:
 # ------------------------------------------------------------------------------------------------------ keys and modes
 
 
-def test_the_page_asks_for_the_key(browser: Browser) -> None:
-    engine = Shown("With a key.")
+def test_the_browser_asks_for_the_key_and_the_page_needs_no_other(browser: Browser) -> None:
+    """Name and password are given as part of the address, which is all that a browser without a screen takes."""
+    engine = Shown("With a password.")
     with make_server(api_keys=("right",)) as server:
         show(browser, server, engine)
+        assert browser.run("return document.getElementById('state')") is None  # no page without a key
+        browser.open(f"{server.url.replace('//', '//me:right@')}/")
+        browser.wait("document.getElementById('state').textContent === 'ready'")
+        assert browser.run("return document.getElementById('key-form').hidden")
+        say(browser, "Open?")
+        assert said(browser) == "With a password."
+        browser.open(f"{server.url}/")  # it is remembered
+        browser.wait("document.getElementById('state').textContent === 'ready'")
+        assert "right" not in browser.run("return document.documentElement.outerHTML + location.href")
+    browser.logs("browser")
+
+
+def test_the_page_asks_for_the_key_where_the_browser_has_none_that_fits(browser: Browser) -> None:
+    engine = Shown("With a key.")
+    with make_server(api_keys=("right", "old")) as server:
+        show(browser, server, engine)
+        browser.open(f"{server.url.replace('//', '//me:old@')}/")
+        browser.wait("document.getElementById('state').textContent === 'ready'")
+        server.site.app.middleware_stack.app._keys = Keys(["right"])  # the server was started again with others
         browser.wait("!document.getElementById('key-form').hidden && document.activeElement.id === 'key'")
         assert browser.text("#state") == "locked"
         assert browser.text("#key-error") == ""

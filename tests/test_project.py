@@ -31,11 +31,12 @@ DOCUMENTS = (
     "docs/log.md",
     "docs/metrics.md",
     "docs/research.md",
+    "docs/server.md",
 )
 # Used where they are installed, named in a sentence where they are not: each pins a PyTorch of its own.
 SEPARATE = {"tensorrt_llm", "vllm"}
 BROUGHT_BY_TORCH = {"cuda"}
-FOLDER_EXTRAS = {"bench": "bench", "engine": "serve", "ipc": "serve", "server": "serve"}
+FOLDER_EXTRAS = {"bench": "bench", "model": "hf", "engine": "serve", "ipc": "serve", "server": "serve"}
 
 
 def project() -> dict[str, Any]:

@@ -7,6 +7,7 @@ long something took.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import json
 import os
@@ -25,7 +26,9 @@ from typing import Any
 import httpx
 import pytest
 
+from jitgraph.cli_options import EngineOptions
 from jitgraph.cli_serve import devices, engine_command
+from jitgraph.config import EngineConfig
 from jitgraph.errors import ConfigError
 from jitgraph.server.address import bound_socket, check_address, is_loopback, url_of
 from jitgraph.server.idle_gc import MOST_YOUNG, WORTH_WHILE, IdleCollector
@@ -100,6 +103,7 @@ class Server:
         for pid in self.engine_pids:
             assert not is_there(pid), "an engine process is left"
         assert list(self.folder.iterdir()) == [], "files are left"
+        assert "Traceback" not in self.text, self.text
         return code
 
 
@@ -399,21 +403,33 @@ def test_devices() -> None:
             devices(text, engines)
 
 
-def test_the_command_of_an_engine_is_one_that_it_takes() -> None:
-    """Every option that the server hands on is one of ``jitgraph engine``."""
+def test_the_command_of_an_engine_gives_it_what_the_server_was_given() -> None:
     from typer.main import get_command
 
     from jitgraph.cli import app
 
-    values = {"--dtype": "float32", "--max-model-len": 64, "--kv-window": None}
-    command = engine_command("tiny", "cpu", values, ["--strict"])
-    assert command[:5] == (sys.executable, "-m", "jitgraph", "engine", "tiny")
-    assert "--kv-window" not in command
-    engine = get_command(app).commands["engine"]  # type: ignore[attr-defined]
-    parsed = engine.make_context("engine", [*command[4:], "--socket", "/tmp/x"]).params
-    assert (parsed["dtype"], parsed["max_model_len"], parsed["strict"], parsed["device"]) == (
-        "float32", 64, True, "cpu"
-    )  # fmt: skip
+    names = [field.name for field in dataclasses.fields(EngineOptions)]
+    engine, serve = (get_command(app).commands[name] for name in ("engine", "serve"))  # type: ignore[attr-defined]
+    odd = {
+        **{"weights": "random", "weights_seed": 3, "dtype": "float32", "max_model_len": 64, "kv_cache_memory": "4MiB"},
+        **{"kv_window": 32, "batch_invariant": True, "precapture": "1-4", "max_graphs": 9, "max_streams": 2},
+        **{"prefix_cache": False, "strict": True, "max_queued": 5, "shutdown_timeout": 7.5},
+    }
+    assert sorted(odd) == sorted(names)
+    for given in ({}, odd):
+        shared = EngineOptions(**given)
+        command = engine_command("tiny", "cpu", shared)
+        assert command[:5] == (sys.executable, "-m", "jitgraph", "engine", "tiny")
+        parsed = engine.make_context("engine", [*command[4:], "--socket", "/tmp/x"]).params
+        assert {name: parsed[name] for name in names} == dataclasses.asdict(shared)
+        parsed = serve.make_context("serve", ["tiny", *shared.words()]).params
+        assert {name: parsed[name] for name in names} == dataclasses.asdict(shared)
+    assert EngineOptions(max_graphs=9, precapture="1-4", prefix_cache=False, strict=True).config("cpu") == EngineConfig(
+        device="cpu", max_graphs=9, precapture_lengths="1-4", prefix_cache=False, strict=True
+    )
+    for wrong in ({"max_queued": -1}, {"shutdown_timeout": -1.0}, {"max_streams": 9}, {"precapture": "x"}):
+        with pytest.raises(ConfigError):
+            EngineOptions(**wrong).config()
 
 
 # ------------------------------------------------------------------------------------------------------ idle collection

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import os
 import random
 import threading
 import time
@@ -26,6 +27,7 @@ from jitgraph.ipc import messages as m
 from jitgraph.ipc.frames import encode
 from jitgraph.server import client_channel, client_link
 from jitgraph.server.client import EngineClient, EngineGone, RequestRefused
+from jitgraph.server.client_base import Wishes
 from jitgraph.server.client_handoff import Handoff, Mailbox
 from jitgraph.text.detokenize import IncrementalDetokenizer
 from jitgraph.text.tokenizer import Tokenizer, bundled_tokenizer_folder
@@ -668,6 +670,60 @@ def test_a_thread_whose_token_is_there_does_not_wait_for_another(path: Path) -> 
         assert found == [11]
 
 
+@pytest.mark.parametrize("refused", [False, True])
+def test_news_that_comes_before_the_books_waits_for_them(
+    path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
+    """A request is sent before its books are made; another thread may read its answer meanwhile."""
+
+    def answer(asked: Asked) -> None:
+        if asked.ids == (2,):
+            asked.refuse("overloaded", "no") if refused else asked.tokens([22], "stop")
+
+    with ScriptedEngine(path, answer) as engine, Client(path) as client:
+        first = client.stream([1])
+        reading = threading.Thread(target=lambda: list(first))
+        reading.start()
+        wait_until(lambda: client._link._handoff._reader is not None)
+        make, seen = client._text.live, threading.Event()
+        find = client._link._find
+
+        def look(request_id: int) -> Any:
+            seen.set()
+            return find(request_id)
+
+        def late(*args: Any) -> Any:
+            assert seen.wait(10), "the other thread has the answer by now"
+            return make(*args)
+
+        monkeypatch.setattr(client._link, "_find", look)
+        monkeypatch.setattr(client._text, "live", late)
+        second = client.stream([2])
+        if refused:
+            with pytest.raises(RequestRefused, match="no"):
+                next(second)
+        else:
+            assert [chunk.token_id for chunk in second] == [22]
+        engine.requests[0].tokens([11], "stop")
+        reading.join(10)
+        assert not client._link._requests and not reading.is_alive()
+
+
+def test_a_request_without_books_is_taken_back(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with ScriptedEngine(path, hold) as engine, Client(path) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(client._text, "live", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                client.stream([1])
+        wait_until(lambda: len(engine.cancelled) == 1)
+        engine.answer = count_up
+        assert [chunk.token_id for chunk in client.stream([5], SamplingParams(max_tokens=2))] == [5, 6]
+        assert not client._link._requests
+
+
 def test_streams_read_in_turns_and_closed(path: Path) -> None:
     with ScriptedEngine(path) as engine, Client(path) as client:
         streams = [client.stream([10 * i], SamplingParams(max_tokens=5)) for i in range(3)]
@@ -722,6 +778,115 @@ def test_losing_the_engine_and_finding_it_again(path: Path) -> None:
         engine.close()
         with pytest.raises(EngineGone, match="no engine listens"):
             client.stats()
+
+
+@pytest.mark.parametrize("first", ["generate", "stream", "stats"])
+def test_an_engine_that_was_started_again_is_found_by_the_first_call(path: Path, first: str) -> None:
+    """Nothing ran when the old one went, so nobody has read that it did."""
+    with ScriptedEngine(path) as old:
+        client = Client(path)
+        assert client.stats() == {"steps": 0}
+        assert client.generate([[1]])[0].token_ids == (1, 2, 3, 4)
+        if first == "stream":
+            old.broadcast(m.Goodbye("the engine process has ended as it was told to"))
+    with ScriptedEngine(path):
+        if first == "generate":
+            assert client.generate([[3]])[0].token_ids == (3, 4, 5, 6)
+        elif first == "stream":
+            assert [chunk.token_id for chunk in client.stream([3])] == [3, 4, 5, 6]
+        assert client.stats() == {"steps": 0 if first == "stats" else 1}
+        client.close()
+
+
+@pytest.mark.parametrize("first", ["generate", "stream", "stats"])
+def test_asyncio_code_finds_an_engine_that_was_started_again(run: Run[Any], path: Path, first: str) -> None:
+    async def work() -> None:
+        client = AsyncClient(path)
+        with ScriptedEngine(path, hold) as old:
+            await client.connect()
+            cut_off = client.stream([1])
+            wait_until(lambda: bool(old.requests))
+        with ScriptedEngine(path):
+            if first == "generate":
+                assert (await client.generate([[3]]))[0].token_ids == (3, 4, 5, 6)
+            elif first == "stream":
+                stream, other = client.stream([3]), client.stream([4])
+                other.close()
+                assert [chunk.token_id async for chunk in other] == []
+                assert [chunk.token_id async for chunk in stream] == [3, 4, 5, 6]
+            answers = await asyncio.gather(*(client.stats() for _ in range(5)))
+            assert answers == [{"steps": 0 if first == "stats" else 1}] * 5
+            with pytest.raises(EngineGone, match="crashed or was killed"):
+                await cut_off.finish()
+        with pytest.raises(EngineGone, match="no engine listens"):
+            await client.stats()
+        with ScriptedEngine(path, vocab_size=7):
+            with pytest.raises(EngineGone, match="make a new client"):
+                await client.generate([[3]])
+            await client.close()
+            with pytest.raises(EngineGone, match="has been closed"):
+                await client.stats()
+            assert await (await client.connect()).stats() == {"steps": 0}
+            await client.close()
+
+    run(work())
+
+
+def test_time_is_sent_and_its_end_is_told(run: Run[Any], path: Path) -> None:
+    def too_late(asked: Asked) -> None:
+        if asked.record.timeout_s:
+            asked.tokens([5])
+            asked.refuse("deadline", "this request was not done within the 2 s that it was given")
+        else:
+            count_up(asked)
+
+    async def work(client: AsyncClient) -> None:
+        async with client:
+            with pytest.raises(RequestRefused, match="2 s") as caught:
+                await client.generate([[1]], timeout_s=2.0)
+            assert caught.value.kind == "deadline"
+            with pytest.raises(RequestRefused, match="2 s"):
+                await client.stream([1], timeout_s=2.0).finish()
+            with pytest.raises(RequestError, match="timeout_s"):
+                client.stream([1], timeout_s=0.0)
+            assert (await client.generate([[1]]))[0].token_ids == (1, 2, 3, 4)
+
+    with ScriptedEngine(path, too_late) as engine, Client(path) as client:
+        stream = client.stream([1], timeout_s=2.0)
+        assert next(stream).token_id == 5, "what came in time is given first"
+        for _ in range(2):
+            with pytest.raises(RequestRefused, match="2 s"):
+                next(stream)
+        with pytest.raises(RequestRefused, match="2 s") as caught:
+            client.generate([[1], [2]], timeout_s=2.0)
+        assert caught.value.kind == "deadline"
+        for wrong in (0.0, -1.0, float("nan"), float("inf"), 1e9):
+            with pytest.raises(RequestError, match="timeout_s"):
+                client.generate([[1]], timeout_s=wrong)
+        assert client.generate([[1]])[0].token_ids == (1, 2, 3, 4)
+        run(work(AsyncClient(path)))
+        given = [asked.record.timeout_s for asked in engine.requests]
+    assert all(one == 0.0 or 0.0 < one <= 2.0 for one in given) and 0.0 in given and max(given) > 0.0
+
+
+def test_a_call_that_has_used_up_its_time_leaves_none_and_not_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0 would mean for ever."""
+    wishes = Wishes(None, None, 1.0, 0)
+    monkeypatch.setattr("jitgraph.server.client_base.time.perf_counter_ns", lambda: 10**12)
+    assert 0.0 < wishes.left_s < 1e-3
+    assert Wishes(None, None, None, 0).left_s == 0.0
+
+
+@pytest.mark.parametrize("name", ["n" * m.MAX_NAME_CHARS, "short", "", "京" * 1000])
+def test_any_name_that_is_allowed_is_taken(run: Run[Any], path: Path, name: str) -> None:
+    async def work() -> None:
+        client = await EngineClient.connect(path, name=name)
+        await client.close()
+
+    with ScriptedEngine(path) as engine:
+        run(work())
+        (seen,) = engine.hellos
+    assert seen.startswith(name[:200]) and f"(process {os.getpid()})" in seen and len(seen) <= m.MAX_NAME_CHARS
 
 
 def test_what_comes_while_nobody_waits_is_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,7 +165,11 @@ def test_stop_strings(site: Site) -> None:
     refusal(chat(site, stop=["zz"] * 17), "stop")
     refusal(chat(site, stop=[""]), "stop")
     refusal(chat(site, stop="x" * 1025), "stop")
-    refusal(chat(site, include_stop_str_in_output=True), "include_stop_str_in_output")
+    whole = {"stop": ["there", "re,"], "include_stop_str_in_output": True}
+    assert chat(site, **whole).json["choices"][0]["message"]["content"] == "Hello there"
+    streamed = chat(site, stream=True, **whole).chunks
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in streamed) == "Hello there"
+    assert complete(site, **whole).json["choices"][0]["text"] == "Hello there"
 
 
 def test_stop_token_ids_and_ignore_eos(site: Site) -> None:

@@ -18,6 +18,7 @@ from server_fakes import (
     ask,
     call,
     chat,
+    complete,
     http_bytes,
     make_site,
     read_all,
@@ -30,6 +31,7 @@ from starlette.routing import Route
 
 from jitgraph import __version__
 from jitgraph.errors import ConfigError
+from jitgraph.ipc.messages import PROTOCOL
 from jitgraph.server.auth import Keys
 from jitgraph.server.openapi import description
 from jitgraph.server.settings import ServerSettings
@@ -271,9 +273,9 @@ def test_keys_are_compared_in_constant_time_whichever_fits(monkeypatch: pytest.M
     real = hmac.compare_digest
     monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append((a, b)) or real(a, b))
     keys = Keys(["a", "bb", "ccc"])
-    for given in (b"Bearer a", b"Bearer ccc"):
+    for given in (b"Bearer a", b"Bearer ccc", b"Basic eDpiYg=="):
         keys.caller(given)
-    assert len(compared) == 6  # every key each time
+    assert len(compared) == 9  # every key each time
     assert {len(side) for pair in compared for side in pair} == {32}  # and never by its own length
 
 
@@ -332,7 +334,7 @@ def test_small_routes() -> None:
         return f"x{{accept={accept!r}}} 1\n".encode(), "text/plain; version=0.0.4"
 
     plain = make_site(scrape=scrape, served_names=("first", "second"))
-    assert ask(plain, "/version").json == {"version": __version__, "protocol": 1}
+    assert ask(plain, "/version").json == {"version": __version__, "protocol": PROTOCOL}
     reply = ask(plain, "/metrics", accept="text/plain")
     assert (reply.body, reply.headers["content-type"]) == (b"x{accept='text/plain'} 1\n", "text/plain; version=0.0.4")
     assert ask(make_site(), "/metrics").status == 404
@@ -414,3 +416,21 @@ def test_one_record_for_each_request() -> None:
     assert record.finished_ns >= record.sequences[-1].last_token_ns
     chat(plain, model="other")
     assert (plain.records[-1].status, plain.records[-1].error_kind) == (404, "model_not_found")
+
+
+def test_the_log_names_the_model_that_answered_where_the_request_names_none() -> None:
+    plain = make_site()
+    for found in (plain, make_site(served_names=("short", "long"))):
+        chat(found)
+        complete(found, stream=True)
+        ask(found, "/tokenize", {"prompt": "x"})
+        ask(found, CHAT, b"{")  # refused before its model is known
+        found.backend.client = None
+        chat(found)
+        name = (found.settings.served_names or (MODEL,))[0]
+        assert [record.as_document()["model"] for record in found.records] == [name] * 5
+        assert [record.status for record in found.records] == [200, 200, 200, 400, 503]
+    ask(plain, "/version")
+    assert plain.records[-1].as_document()["model"] is None
+    chat(plain, model="other")
+    assert plain.records[-1].as_document()["model"] == "other"

@@ -178,6 +178,7 @@ def lines_of_until(connection: socket.socket, last: bytes) -> Any:
         ("capacity", 400, "capacity_exceeded"),
         ("overloaded", 429, "rate_limit_exceeded"),
         ("draining", 503, "engine_unavailable"),
+        ("deadline", 408, "deadline_exceeded"),
         ("internal", 500, "engine_error"),
     ],
 )
@@ -217,6 +218,24 @@ def test_a_request_that_the_engine_withdraws_is_an_error() -> None:
     assert chat(site).status == 503
     site.engine.withdraw_after = 0
     assert chat(site, stream=True).status == 503
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_grammar_that_cannot_be_followed_any_further_is_said_to_be_it(n: int) -> None:
+    site = make_site()
+    site.engine.withdraw_after, site.engine.withdraw_as = 2, "failed"
+    fields = {"response_format": {"type": "json_object"}, "n": n}
+    for reply in (chat(site, **fields), complete(site, **fields)):
+        assert (reply.status, reply.error["type"], reply.error["code"]) == (500, "server_error", "grammar_failed")
+        assert "schema or grammar" in reply.error["message"]
+        assert "retry-after" not in reply.headers  # the same again would fail again
+    *chunks, last = chat(site, stream=True, **fields).events
+    assert any(chunk["choices"][0]["delta"].get("content") for chunk in chunks)
+    assert (list(last), last["error"]["code"]) == (["error"], "grammar_failed")
+    assert sorted(last["error"]) == ["code", "message", "param", "type"]
+    assert complete(site, stream=True, **fields).events[-1] == last
+    assert [record.error_kind for record in site.records] == ["grammar_failed"] * 4
+    assert "failed" in [sequence.finish_reason for sequence in site.records[-1].sequences]
 
 
 # -------------------------------------------------------------------------------------------------------- clients leave

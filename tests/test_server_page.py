@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import re
 from pathlib import Path
@@ -16,7 +17,7 @@ from jitgraph.graphs.store_records import State
 from jitgraph.ipc.messages import Beat
 from jitgraph.server import page
 from jitgraph.server.client_errors import EngineGone
-from jitgraph.server.page import OPEN_PATHS, STATE_PATH, page_routes
+from jitgraph.server.page import FILE_PATHS, STATE_PATH, page_routes
 from jitgraph.server.settings import ServerSettings
 from jitgraph.text.prose import ASSETS
 
@@ -66,7 +67,7 @@ def state(of: Site, **headers: str) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("path", [*OPEN_PATHS, STATE_PATH])
+@pytest.mark.parametrize("path", [*FILE_PATHS, STATE_PATH])
 def test_every_answer_carries_the_policy(path: str) -> None:
     reply = ask(site(), path)
     assert reply.status == 200
@@ -83,15 +84,15 @@ def test_every_answer_carries_the_policy(path: str) -> None:
 
 
 def test_every_file_is_served_and_every_reference_leads_to_one() -> None:
-    served = {Path(path).name or "index.html" for path in OPEN_PATHS}
+    served = {Path(path).name or "index.html" for path in FILE_PATHS}
     assert served == {file.name for file in FOLDER.iterdir()}
     html = (FOLDER / "index.html").read_text(encoding="utf-8")
     named = re.findall(r'(?:href|src)="([^"#]+)"', html)
     assert named
-    assert set(named) <= set(OPEN_PATHS)
+    assert set(named) <= set(FILE_PATHS)
     for script in FOLDER.glob("*.js"):
         for name in re.findall(r'from "([^"]+)"', script.read_text(encoding="utf-8")):
-            assert f"/page/{name.removeprefix('./')}" in OPEN_PATHS
+            assert f"/page/{name.removeprefix('./')}" in FILE_PATHS
 
 
 def test_nothing_in_the_files_reaches_outside_or_makes_markup_of_text() -> None:
@@ -212,20 +213,52 @@ def test_the_template_decides_between_chat_and_completions(tmp_path: Path) -> No
 # ----------------------------------------------------------------------------------------------------------------- keys
 
 
-def test_the_page_opens_without_a_key_and_the_state_does_not() -> None:
-    found = site(api_keys=("secret",))
-    for path in OPEN_PATHS:
-        assert ask(found, path).status == 200
-    assert ask(found, STATE_PATH).error["code"] == "invalid_api_key"
-    assert ask(found, STATE_PATH, authorization="Bearer wrong").status == 401
-    assert state(found, authorization="Bearer secret")["model"] == MODEL
+def basic(key: str, name: str = "anybody") -> str:
+    return f"Basic {base64.b64encode(f'{name}:{key}'.encode()).decode()}"
+
+
+def test_a_browser_is_told_to_ask_for_the_key_and_sends_it_with_everything() -> None:
+    found = site(api_keys=("secret", "other"))
+    for path in FILE_PATHS:
+        reply = ask(found, path)
+        assert (reply.status, reply.error["code"]) == (401, "invalid_api_key")
+        assert reply.headers["www-authenticate"].startswith('Basic realm="jitgraph')
+        for good in (basic("secret"), basic("secret", ""), basic("other", "\u00e9"), "Bearer secret"):
+            assert ask(found, path, authorization=good).status == 200
+    for wrong in (basic("secre"), basic(""), "Basic", "Basic !", "Basic c2VjcmV0", basic("x:secret"), "Bearer wrong"):
+        for path in ("/", STATE_PATH, "/v1/models"):
+            assert ask(found, path, authorization=wrong).error["code"] == "invalid_api_key", wrong
+    reply = ask(found, STATE_PATH)  # the page asks for it itself, without the browser's window
+    assert (reply.status, reply.headers["www-authenticate"]) == (401, "Bearer")
+    assert state(found, authorization=basic("secret"))["model"] == MODEL
+    document = {"messages": [{"role": "user", "content": "x"}]}
+    for given in (basic("secret"), "Bearer secret"):
+        assert ask(found, "/v1/chat/completions", document, authorization=given).status == 200
+    by_password, by_key = found.engine.asked
+    assert by_password.salt == by_key.salt  # one caller, however the key came
+    assert [record.client for record in found.records[-2:]] == ["key-1"] * 2
     without = make_site(api_keys=("secret",))
-    assert {ask(without, path).status for path in OPEN_PATHS} == {401}  # no page, no exception
+    assert ask(without, "/").headers["www-authenticate"] == "Bearer"  # no page, nothing to ask for
+
+
+def test_pages_of_other_sites_cannot_use_what_the_browser_knows() -> None:
+    found = site(api_keys=("secret",))
+    document = {"messages": [{"role": "user", "content": "x"}]}
+
+    def from_site(kind: str, authorization: str) -> int:
+        headers = {"authorization": authorization, "sec_fetch_site": kind}
+        return ask(found, "/v1/chat/completions", document, **headers).status
+
+    assert {from_site(kind, basic("secret")) for kind in ("same-origin", "none")} == {200}
+    assert {from_site(kind, basic("secret")) for kind in ("cross-site", "same-site")} == {403}
+    assert from_site("cross-site", "Bearer secret") == 200  # whoever made that page knows the key
+    assert ask(found, "/", authorization=basic("secret"), sec_fetch_site="cross-site").status == 200  # a link
+    assert ask(site(), "/v1/chat/completions", document, authorization=basic("x"), sec_fetch_site="x").status == 200
 
 
 def test_looking_is_no_work_for_log_and_metrics() -> None:
     found = site()
-    for path in (*OPEN_PATHS, STATE_PATH):
+    for path in (*FILE_PATHS, STATE_PATH):
         ask(found, path)
     assert found.records == []
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -22,8 +24,9 @@ from hypothesis import strategies as st
 from jitgraph.errors import ConfigError
 from jitgraph.ipc.messages import Beat, Ready, StartPhase
 from jitgraph.server.client import EngineClient, EngineGone
+from jitgraph.server.routing import CLEARLY_BUSIER, KEY_TOKENS, LEAST_TOKENS, Candidate, choose
 from jitgraph.server.runtime_folder import RuntimeFolder, remove_stale
-from jitgraph.server.spawn import EngineProcess, spawn_engine
+from jitgraph.server.spawn import EngineProcess, spawn_engine, threads_for
 from jitgraph.server.supervisor import Supervisor
 from jitgraph.server.supervisor_policy import Limits, Pulse, RestartBudget, Watch, exit_of, retry_after_s
 from jitgraph.server.supervisor_pool import EnginePool
@@ -440,6 +443,22 @@ def test_an_engine_that_beats_and_does_not_step_is_replaced(socket_path: Path) -
     supervise(socket_path, act=act)
 
 
+def test_an_engine_that_only_seems_to_hang_can_say_goodbye(socket_path: Path) -> None:
+    """One whose step takes too long is ended all the same; whoever else talks to it hears why, not a reset."""
+    lines = Lines()
+
+    async def act(supervisor: Supervisor) -> None:
+        await supervisor.ready()
+        other = await EngineClient.connect(socket_path)
+        with pytest.raises(EngineGone, match="has made no step"):
+            await answer(engine(supervisor), [STALL_ID], 5)
+        await asyncio.wait_for(other.closed.wait(), PATIENCE_S)
+        assert other.gone == "told to end at once"
+        assert "has made no step" in lines.text, "and people are told before anything is done"
+
+    supervise(socket_path, act=act, lines=lines)
+
+
 def test_a_quiet_engine_is_left_alone(socket_path: Path) -> None:
     """Idle for much longer than a hang may last: beats come, steps need not."""
 
@@ -558,6 +577,79 @@ def test_a_stop_before_the_start(socket_path: Path) -> None:
     assert asyncio.run(main()) == "stopped"
 
 
+def test_the_cores_are_divided_and_one_is_left() -> None:
+    assert [threads_for(16, engines) for engines in (1, 2, 3, 15, 16)] == [15, 7, 5, 1, 1]
+    assert threads_for(1, 1) == threads_for(2, 1) == threads_for(2, 5) == 1
+
+
+@pytest.mark.parametrize("own", [None, "3"])
+def test_threads_are_the_users_or_else_ours(
+    socket_path: Path, monkeypatch: pytest.MonkeyPatch, own: str | None
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if own is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", own)
+    (socket_path.parent / "env").write_text("#!/bin/sh\nenv\n")
+    (socket_path.parent / "env").chmod(0o700)
+    command = [str(socket_path.parent / "env")]
+    for threads in (None, 2):
+        process = spawn_engine(command, socket_path, lambda line: None, threads)
+        assert process.wait(PATIENCE_S) == 0
+        seen = [line for line in process.tail.splitlines() if line.startswith("OMP_NUM_THREADS")]
+        expected = own or threads
+        assert seen == ([] if expected is None else [f"OMP_NUM_THREADS={expected}"])
+
+
+# -------------------------------------------------------------------------------------------------------------- routing
+
+NAMES = st.lists(st.text(max_size=8), min_size=1, max_size=6, unique=True)
+IDS = st.integers(0, 2**31 - 1)
+PROMPTS = st.lists(IDS, max_size=100)
+LONG_PROMPTS = st.lists(IDS, min_size=KEY_TOKENS, max_size=KEY_TOKENS + 9)
+
+
+@st.composite
+def engines_of(draw: st.DrawFn) -> list[Candidate]:
+    return [Candidate(name, draw(st.booleans()), draw(st.integers(0, 5))) for name in draw(NAMES)]
+
+
+@given(PROMPTS, st.text(max_size=5), engines_of(), st.integers(0, 99))
+def test_no_request_goes_where_it_would_wait(ids: list[int], salt: str, engines: list[Candidate], turn: int) -> None:
+    chosen = engines[choose(ids, salt, engines, turn)]
+    heard = [one for one in engines if not one.silent] or engines
+    assert chosen in heard, "an engine that may hang gets nothing while there is another"
+    extra = chosen.load - min(one.load for one in heard)
+    assert extra < (CLEARLY_BUSIER if len(ids) >= LEAST_TOKENS else 1)
+
+
+@given(LONG_PROMPTS, PROMPTS, PROMPTS, st.text(max_size=5), NAMES, st.randoms(use_true_random=False))
+def test_one_beginning_one_engine(
+    ids: list[int], more: list[int], other: list[int], salt: str, names: list[str], rng: random.Random
+) -> None:
+    """Whatever follows, in whatever order the engines stand, and whoever else comes and goes."""
+    engines = [Candidate(name, False, 1) for name in names]
+    home = engines[choose(ids, salt, engines)]
+    rng.shuffle(engines)
+    assert engines[choose(ids + more, salt, engines, rng.randrange(9))] is home
+    fewer = [one for one in engines if one is home or rng.random() < 0.5]
+    assert fewer[choose(ids + other, salt, fewer)] is home
+    busy = [one._replace(load=1 + CLEARLY_BUSIER) if one is home else one for one in engines]
+    away = busy[choose(ids, salt, busy)].name
+    assert (away == home.name) == (len(names) == 1)
+    left = [one for one in engines if one is not home]
+    assert not left or left[choose(ids, salt, left)].name == away, "where it goes then is settled as well"
+
+
+def test_beginnings_are_spread_and_salts_kept_apart() -> None:
+    engines = [Candidate(f"engine {n}", False, 0) for n in range(4)]
+    counts = Counter(choose([n] * 64, "", engines) for n in range(400))
+    assert all(50 < counts[n] < 150 for n in range(4))
+    salts = Counter(choose([7] * 64, f"key {n}", engines) for n in range(400))
+    assert all(50 < salts[n] < 150 for n in range(4))
+    turns = Counter(choose([1, 2], "", engines, turn) for turn in range(8))
+    assert turns == dict.fromkeys(range(4), 2), "short prompts take turns"
+
+
 def test_what_an_earlier_engine_left_is_in_nobodys_way(socket_path: Path) -> None:
     process = spawn_engine(fake(), socket_path, lambda line: None)
     eventually(socket_path.exists)
@@ -574,6 +666,38 @@ def test_what_an_earlier_engine_left_is_in_nobodys_way(socket_path: Path) -> Non
 # ------------------------------------------------------------------------------------------------------ several engines
 
 
+def test_a_pool_sends_what_begins_alike_to_one_engine(socket_path: Path) -> None:
+    async def main() -> None:
+        paths = [socket_path.with_name(f"{n}.sock") for n in range(3)]
+        said = Lines()
+        pool = EnginePool([Supervisor(fake(), path, name=path.stem, limits=QUICK, say=said.append) for path in paths])
+        pool.start()
+        try:
+            assert await pool.ready()
+            for chat in range(6):
+                before = [(await client.stats())["steps"] for client in pool.clients]
+                for turn in range(4):
+                    ids = [100 + chat] * 64 + [1] * turn
+                    link = pool.client
+                    assert link is not None
+                    assert await answer(link, ids, 5) == [(sum(ids) + 1 + n) % 1000 for n in range(5)]
+                after = [(await client.stats())["steps"] for client in pool.clients]
+                assert sorted(b - a for a, b in zip(before, after, strict=True)) == [0, 0, 20], "all turns at one"
+            link = pool.client
+            assert link is not None and link.gone is None and link.facts.model == "fake" and link.last_beat is not None
+            assert link.last_seen_ns > 0 and "steps" in await link.stats()
+            slow = [asyncio.create_task(answer(link, [9] * 64, 100_000)) for _ in range(3 * CLEARLY_BUSIER)]
+            await until(lambda: sum(client.in_flight for client in pool.clients) == len(slow))
+            assert max(client.in_flight for client in pool.clients) <= 2 + CLEARLY_BUSIER, "not all behind each other"
+            for task in slow:
+                task.cancel()
+        finally:
+            await pool.stop()
+        assert pool.client is None and pool.route([1] * 64, "") is None
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
+
+
 def test_a_pool_spreads_requests_and_outlives_an_engine(socket_path: Path) -> None:
     async def main() -> None:
         paths = [socket_path.with_name(f"{n}.sock") for n in range(2)]
@@ -585,16 +709,14 @@ def test_a_pool_spreads_requests_and_outlives_an_engine(socket_path: Path) -> No
             assert pool.client is None
             assert await pool.ready()
             assert pool.state == "ready"
-            first = pool.client
-            assert first is not None
+            first = pool.least_busy(pool.clients)
             tasks = [asyncio.create_task(answer(first, [1], 400))]
             await asyncio.sleep(0.02)
-            second = pool.client
-            assert second is not None
+            second = pool.least_busy(pool.clients)
             assert second is not first, "the busy one was chosen"
             tasks += [asyncio.create_task(answer(second, [1], 400)) for _ in range(2)]
             await asyncio.sleep(0.02)
-            assert pool.client is first
+            assert pool.least_busy(pool.clients) is first
             victim = next(one for one in pool.supervisors if one.client is second)
             assert victim.pid is not None
             os.kill(victim.pid, signal.SIGKILL)

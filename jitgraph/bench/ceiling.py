@@ -19,6 +19,7 @@ from jitgraph.bench.plan import INTERACTIVE, LINEARS, PAUSE_S, Plan
 from jitgraph.bench.records import BlockKey, RawWriter
 from jitgraph.graphs.capture import CapturedGraph, capture_callable
 from jitgraph.model.device import torch_dtype
+from jitgraph.model.hf_spec import ForeignSpec
 from jitgraph.model.spec import ModelSpec
 from jitgraph.model.weights import ModelWeights
 
@@ -113,7 +114,10 @@ def _cpu_ms(work: Work, pacing: str) -> float:
 
 
 def measure_linears(plan: Plan, spec: ModelSpec, writer: RawWriter, progress: Callable[[], None]) -> None:
-    """Times the model's matrix products at one token and at each prompt length, as ``linears`` rows."""
+    """Times the model's matrix products at one token and at each prompt length, as ``linears`` rows. Of a model that
+    is not native nobody knows them: the rates of reading and of plain products are then the whole ceiling."""
+    if isinstance(spec, ForeignSpec):
+        return
     device = torch.device(plan.device)
     weights = linear_weights(spec, device, torch_dtype(plan.dtype))
     for tokens in sorted({1, *plan.prompt_lengths}):

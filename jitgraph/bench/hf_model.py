@@ -44,8 +44,13 @@ def _random_model(source: Any, plan: Plan, dtype: Any) -> Any:
     import torch
     import transformers
 
+    from jitgraph.model.hf import random_model
+    from jitgraph.model.hf_spec import ForeignSpec, foreign_config
     from jitgraph.model.random_weights import random_state_dict
 
+    if isinstance(source.spec, ForeignSpec):
+        made = foreign_config(source.config, source.name)
+        return random_model(made, torch.device(plan.device), dtype, plan.seed)
     settings = {
         name: value for name, value in source.config.items() if name not in ("model_type", "architectures", "dtype")
     }

@@ -14,6 +14,7 @@ from jitgraph.graphs.buffers import Buffers, BufferSizes
 from jitgraph.graphs.step import StepProgram
 from jitgraph.model.cache import KVCache, PageAllocator
 from jitgraph.model.decoder import Decoder
+from jitgraph.model.hf import HfModel
 from jitgraph.model.prefix import PrefixIndex
 from jitgraph.model.rope import build_rope
 from jitgraph.model.spec import ModelSpec
@@ -21,6 +22,18 @@ from jitgraph.model.weights import ModelWeights
 from jitgraph.ops.reference_linear import ProductShape
 from jitgraph.ops.select import Ops, kernel_workspace, select_ops, with_tuned_products
 from jitgraph.ops.slots import SlotTable
+
+Weights = ModelWeights | HfModel
+"""What an engine runs: a native model's tensors, or a model of transformers."""
+
+
+def settled(config: EngineConfig, weights: Weights) -> tuple[EngineConfig, tuple[str, ...]]:
+    """The settings that hold for a model, and what its user must be told: one that is not native has not all of them.
+
+    Raises:
+        ConfigError: a setting that only native models have.
+    """
+    return weights.settle(config) if isinstance(weights, HfModel) else (config, ())
 
 
 class Memory(NamedTuple):
@@ -32,20 +45,24 @@ class Memory(NamedTuple):
     program: StepProgram
 
 
-def allocate(config: EngineConfig, spec: ModelSpec, sizing: Sizing, ops: Ops, weights: ModelWeights) -> Memory:
+def allocate(config: EngineConfig, spec: ModelSpec, sizing: Sizing, ops: Ops, weights: Weights) -> Memory:
     """Cache, slot table and arena, and the program that works on them.
 
     Raises:
         CapacityError: the device has not that much memory; the message has both figures.
     """
     device, dtype = weights.embedding.device, weights.embedding.dtype
-    rope = build_rope(spec, sizing.positions, device)
     cache = KVCache.allocate(spec, sizing.pages, config.page_size, dtype, device)
     slots = SlotTable.allocate(config.max_streams, sizing.pages_per_slot, device)
     outputs = max(spec.hidden_size, spec.qkv_size, spec.vocab_size)
-    kernels = kernel_workspace(ops, sizing.positions, spec.num_kv_heads, spec.vocab_size, outputs)
+    heads = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
+    kernels = kernel_workspace(ops, sizing.positions, heads, spec.vocab_size, outputs)
     buffers = Buffers(spec, BufferSizes(sizing.arena_tokens, config.max_streams, kernels), slots, dtype, device)
-    program = StepProgram(Decoder(spec, weights, rope, ops, sizing.window), buffers, cache)
+    if isinstance(weights, HfModel):
+        program = StepProgram(weights.decoder(ops), buffers, cache)
+    else:
+        rope = build_rope(spec, sizing.positions, device)
+        program = StepProgram(Decoder(spec, weights, rope, ops, sizing.window), buffers, cache)
     return Memory(cache, PageAllocator(sizing.pages, _prefixes(config, spec, sizing)), buffers, program)
 
 
@@ -58,7 +75,7 @@ def _prefixes(config: EngineConfig, spec: ModelSpec, sizing: Sizing) -> PrefixIn
 
 
 def choose_ops(
-    config: EngineConfig, sizing: Sizing, weights: ModelWeights, progress: Callable[[str, int, int], None]
+    config: EngineConfig, sizing: Sizing, weights: Weights, progress: Callable[[str, int, int], None]
 ) -> Ops:
     """The ops of a config. Where cuBLAS does the large products, its fastest algorithms are looked for first, which
     takes seconds unless an earlier start has left them in the disk cache.
@@ -70,6 +87,8 @@ def choose_ops(
     ops = select_ops(config.ops, device, config.batch_invariant)
     if device.type != "cuda" or ops.flavour != "jit" or ops.invariant or not config.tune_products:
         return ops
+    if isinstance(weights, HfModel):
+        return ops  # its products are its own
     # CUDA and Triton are not needed, nor always there, on a CPU
     from jitgraph.jit.disk_cache import open_cache
     from jitgraph.ops.linear import SKINNY_TOKENS

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from jitgraph.config import EngineConfig, parse_size
-from jitgraph.engine.allocate import allocate, choose_ops
+from jitgraph.engine.allocate import Weights, allocate, choose_ops, settled
 from jitgraph.engine.constraint import Constraints
 from jitgraph.engine.express import Express, Shot
 from jitgraph.engine.flights import InFlight
@@ -37,7 +37,6 @@ from jitgraph.graphs.key import GraphKey
 from jitgraph.graphs.step import StepProgram
 from jitgraph.graphs.store import Store, is_decode
 from jitgraph.model.spec import ModelSpec
-from jitgraph.model.weights import ModelWeights
 from jitgraph.text.tokenizer import find_tokenizer
 from jitgraph.types import FinishReason, Request, SamplingParams, TokenChunk
 
@@ -59,7 +58,7 @@ class Engine:
     def __init__(
         self,
         spec: ModelSpec,
-        weights: ModelWeights,
+        weights: Weights,
         config: EngineConfig,
         eos_token_ids: tuple[int, ...],
         progress: Progress | None = None,
@@ -67,6 +66,7 @@ class Engine:
     ) -> None:
         """``folder``: the checkpoint's, whose tokenizer grammars are compiled for; None is a preset's."""
         device, dtype = weights.embedding.device, weights.embedding.dtype
+        config, self.notices = settled(config, weights)
         if device.type == "cuda" and config.ops == "torch" and config.graphs and config.fused_sampling:
             raise ConfigError("ops='torch' cannot publish tokens from inside a CUDA graph: set fused_sampling=False")
         self.spec = spec
@@ -109,6 +109,9 @@ class Engine:
                 self.config, self.sizing, program, self.runner, self.store, self._capturer, progress, self.ready
             )
             warm = preparation.run()
+        if preparation.config is not self.config:  # the model's own code cannot be captured
+            self.config, self.notices = preparation.config, (*self.notices, self.ready.uncaptured)
+            self.dispatcher.give_up()
         self._shadow = ShadowCapturer(
             self.store,
             lambda key: self._capturer.shadow(program.graph_part(key), lambda: program.graph_stages(key)),
@@ -118,7 +121,7 @@ class Engine:
         vocabulary = self.spec.vocab_size
         self._express = Express(self.runner, self.scheduler, self.sizing, vocabulary, self.intake, self.pages.prefixes)
         self._rolling = self.config.graphs and self.config.rolling and self.config.graph_scope == "step"
-        if self._rolling:
+        if self._rolling and program.decoder.native:
             self.runner.reader.shadow = self._in_shadow
         self._capturer.prepare_thread(self.dtype)
         self.reset_counters()

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,22 @@ import torch
 
 from jitgraph.config import EngineConfig
 from jitgraph.engine.engine import Engine
+from jitgraph.engine.fitting import check_fit, check_tokenizer, free_bytes
 from jitgraph.engine.memory import used_bytes
 from jitgraph.engine.ready import Progress
 from jitgraph.engine.report import describe
+from jitgraph.engine.sizing import resolve_sizing
 from jitgraph.ipc.messages import EngineFacts
 from jitgraph.model.device import resolve_device
 from jitgraph.model.generation import generation_defaults
-from jitgraph.model.loader import LoadedModel, load_model
+from jitgraph.model.hf import refuse_native_settings
+from jitgraph.model.hf_spec import ForeignSpec
+from jitgraph.model.loader import LoadedModel, ModelSource, load_model
 from jitgraph.model.spec import ModelSpec
+from jitgraph.text.tokenizer import find_tokenizer
 from jitgraph.types import SamplingParams
 
-_PACKAGES = ("jitgraph", "torch", "triton", "cuda-bindings")
+_PACKAGES = ("jitgraph", "torch", "triton", "cuda-bindings", "transformers")
 """Whose versions may change what is computed."""
 _FINGERPRINT_DIGITS = 12
 
@@ -98,7 +104,8 @@ def open_engine(
     """
     device = resolve_device(config.device)
     started, before = time.perf_counter(), used_bytes(device)
-    loaded = load_model(str(model), device=device, dtype=config.dtype, weights=weights, seed=seed, progress=progress)
+    how: dict[str, Any] = {"weights": weights, "seed": seed, "progress": progress, "before": partial(_check, config)}
+    loaded = load_model(str(model), device=device, dtype=config.dtype, **how)
     load_ms = (time.perf_counter() - started) * 1e3
     load_mib = (used_bytes(device) - before) / 2**20
     defaults = generation_defaults(loaded.generation_config, f"{loaded.name}: generation_config.json")
@@ -117,6 +124,21 @@ def open_engine(
         phases_ms={"load": load_ms, **engine.ready.phases_ms},
         phases_mib={"load": load_mib, **engine.ready.phases_mib},
     )
+
+
+def _check(config: EngineConfig, source: ModelSource, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuses what cannot work before any weight is read.
+
+    Raises:
+        ConfigError, CheckpointError, CapacityError: settings, tokenizer or memory that do not suit the model.
+    """
+    spec = source.spec
+    if isinstance(spec, ForeignSpec):
+        refuse_native_settings(spec, config)
+    resolve_sizing(config, spec, dtype.itemsize)
+    if source.folder is not None:
+        check_tokenizer(source.name, find_tokenizer(source.folder), spec)
+    check_fit(source.name, spec, config, dtype.itemsize, device, free_bytes(device))
 
 
 def _fingerprint(loaded: LoadedModel, engine: Engine, weights: str, seed: int) -> str:

@@ -5,6 +5,7 @@ Engine's thread and stream. After this a step compiles, captures and loads nothi
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,6 +41,8 @@ class ReadyReport:
     """By how much the device's memory in use grew in each phase."""
     captured: tuple[GraphKey, ...] = ()
     left_out: tuple[GraphKey, ...] = ()
+    uncaptured: str = ""
+    """What to tell where the model's own code cannot be captured."""
     compiled: int = 0
     """Kernel specialisations compiled now; the others came from the disk cache."""
     pool_bytes: int = 0
@@ -77,7 +80,8 @@ class Preparation:
         progress: Progress,
         report: ReadyReport,
     ) -> None:
-        self._config = config
+        self.config = config
+        """The settings that hold: without graphs once it is known that the model's own code cannot be captured."""
         self._sizing = sizing
         self._program = program
         self._runner = runner
@@ -90,7 +94,9 @@ class Preparation:
 
     def run(self) -> set[GraphKey]:
         """Does it all; returns the keys that have run, whose kernels are all loaded."""
-        config, report = self._config, self.report
+        if self.config.graphs and not self._program.decoder.capturable:
+            self._give_up_graphs("the host takes part in each of its steps")
+        config, report = self.config, self.report
         keys, left_out = precapture_keys(
             config.max_streams,
             self._sizing.buckets,
@@ -112,7 +118,7 @@ class Preparation:
 
     def _eager_prompts(self) -> list[GraphKey]:
         """Prompt sizes that stand for all others: whatever the size, its kernels are then compiled."""
-        kind, chunk = prompt_sampling(self._config.fused_sampling), self._sizing.chunk_tokens
+        kind, chunk = prompt_sampling(self.config.fused_sampling), self._sizing.chunk_tokens
         decoder = self._program.decoder
         sizes = prompt_classes(decoder.ops, decoder.spec.num_heads, chunk)
         return [GraphKey(Phase.PREFILL, size, kind) for size in sizes]
@@ -155,19 +161,26 @@ class Preparation:
         """The largest graph first: what a library wants from the shared pool it gets then, and the rest reuse it."""
         made: list[tuple[GraphKey, CapturedGraph]] = []
         before, used = self._reserved(), self._used()
+        failed: list[tuple[GraphKey, Exception]] = []
         for key in sorted(keys, key=lambda key: key.tokens, reverse=True):
-            made.append((key, self._capture_one(key)))
+            try:
+                made.append((key, self._capture_one(key)))
+            except Exception as error:
+                if self._program.decoder.native:
+                    raise
+                failed.append((key, error))  # what transformers runs may do what no capture allows
+                continue
             if len(made) == 1:
                 self.report.pool_bytes = self._reserved() - before
                 before = self._reserved()
             self._progress("capture", len(made), len(keys))
-        self.report.captured = tuple(keys)
+        self.report.captured = tuple(key for key, _ in made)
         if made:
             self.report.reserved_growth_bytes = self._reserved() - before
             self.report.graph_bytes = max(0, self._used() - used - self.report.pool_bytes)
-        if made and self._config.rolling and self._config.graph_scope == "step" and self._stream is not None:
-            largest = max(keys, key=lambda key: key.tokens)
-            self._capturer.reserve(self._program.graph_part(largest), self._config.max_graphs - len(made))
+        if made and self.config.rolling and self.config.graph_scope == "step" and self._stream is not None:
+            largest = max((key for key, _ in made), key=lambda key: key.tokens)
+            self._capturer.reserve(self._program.graph_part(largest), self.config.max_graphs - len(made))
         self._store.precapture([*keys, *self.report.left_out])
         for key, graph in made:
             graph.nbytes = each = self.report.bytes_of_a_graph
@@ -176,9 +189,23 @@ class Preparation:
                 self._store.finish(key, graph, each)  # over the byte budget, the store lets it go again
             if not began:
                 graph.destroy()
+        self._note_failures(failed, len(made))
+
+    def _note_failures(self, failed: list[tuple[GraphKey, Exception]], made: int) -> None:
+        """Counts what could not be captured with the store; where that is everything, graphs are given up."""
+        for key, error in failed:
+            if self._store.begin(key):
+                self._store.fail(key, f"capture: {type(error).__name__}", time.perf_counter(), str(error))
+        if failed and not made:
+            words = str(failed[0][1]).strip().splitlines() or [""]
+            self._give_up_graphs(f"{type(failed[0][1]).__name__}: {words[0][:160]}")
+
+    def _give_up_graphs(self, why: str) -> None:
+        self.config = dataclasses.replace(self.config, graphs=False)
+        self.report.uncaptured = f"it cannot be captured in CUDA graphs ({why}), so every step runs eagerly"
 
     def _capture_one(self, key: GraphKey) -> CapturedGraph:
-        if self._config.graph_scope == "static":
+        if self.config.graph_scope == "static":
             return PiecewiseGraph(self._program.sections(key), self._capturer.capture)
         return self._capturer.capture(self._program.graph_part(key))
 
@@ -207,9 +234,13 @@ class Preparation:
                 loops.add(kind, self._build_loop(GraphKey(Phase.DECODE, 1, kind), control), control)
             except LoopUnavailable as error:
                 loops.reasons[error.reason] += 1
+            except RuntimeError:
+                if self._program.decoder.native:
+                    raise
+                loops.reasons[LoopReason.REFUSED] += 1
 
     def _without_loops(self) -> LoopReason | None:
-        config = self._config
+        config = self.config
         if not config.device_loop:
             return LoopReason.SWITCHED_OFF
         if not config.graphs or config.graph_scope != "step" or not config.fused_sampling:

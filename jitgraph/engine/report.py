@@ -9,6 +9,7 @@ import torch
 from jitgraph.engine.engine import Engine
 from jitgraph.engine.memory import peak_bytes
 from jitgraph.graphs.key import Path, Phase, Sampling
+from jitgraph.model.hf_spec import ForeignSpec
 
 
 class Load(NamedTuple):
@@ -50,6 +51,8 @@ def describe(name: str, engine: Engine) -> dict[str, Any]:
         "model": name,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "dtype": str(engine.dtype).removeprefix("torch."),
+        "forward": "transformers" if isinstance(engine.spec, ForeignSpec) else "native",
+        "notices": list(engine.notices),
         "ops": engine.ops.flavour,
         "kernels": engine.ops.describe(),
         "emulated": engine.emulated,

@@ -1,9 +1,10 @@
 """Who runs in the next step. Pure Python, no torch; engine's thread only.
 
 Admission reserves every page a sequence can need (prompt and max_tokens), so a running sequence never waits for memory
-and nothing is ever taken back. It is first come, first served. Prompts then take turns, a chunk each; while anybody
-decodes, chunks are short and a decode step comes between any two. So the next token of whoever runs is at most one
-short chunk away, and the next chunk of a prompt at most one turn of all the others.
+and nothing is ever taken back. It is first come, first served, but that a prompt whose beginning somebody computes
+right now waits for that. Prompts then take turns, a chunk each; while anybody decodes, chunks are short and a decode
+step comes between any two. So the next token of whoever runs is at most one short chunk away, and the next chunk of a
+prompt at most one turn of all the others.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     """Output tokens the host has read."""
     finished: FinishReason | None = None
+    awaits: tuple[Sequence, int] | None = None
+    """Who computes what this prompt begins with too, and how many tokens of it."""
 
     @property
     def prompt_length(self) -> int:
@@ -165,19 +168,26 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def admit(self) -> Sequence | None:
-        """Moves the oldest waiting sequence into a free slot; None where there is none, or no slot, or not its
-        pages."""
+        """Moves the oldest waiting sequence that does not await another's work into a free slot; None where there is
+        none, or no slot, or not its pages. Slots and pages of those who came before are left for them."""
         if not self.admissible:
             return None
-        sequence = self.waiting[0]
-        chain = self._find(sequence)
-        if self._pages.free < sequence.pages_needed:
-            return None  # sequences that run now hold kept pages beside their own of the same tokens
-        self._begin_with(sequence, chain)
-        self._give_place(sequence)
-        self.waiting.popleft()
-        self._prompts.append(sequence)
-        return sequence
+        needed = 0
+        for ahead, sequence in enumerate(self.waiting):
+            needed += sequence.pages_needed
+            if ahead >= len(self._free_slots) or self._pages.free < needed:
+                return None
+            if self._is_being_computed(sequence):
+                continue
+            chain = self._find(sequence)
+            if self._pages.free < needed:
+                return None  # sequences that run now hold kept pages beside their own of the same tokens
+            self._begin_with(sequence, chain)
+            self._give_place(sequence)
+            del self.waiting[ahead]
+            self._prompts.append(sequence)
+            return sequence
+        return None
 
     def admit_whole(self, sequence: Sequence, chain: Chain | None = None) -> bool:
         """Admits a sequence that never waited and counts its whole prompt as launched, which fits one step; False, and
@@ -226,6 +236,26 @@ class Scheduler:
         chain = prefixes.match(request.salt, request.prompt_token_ids)
         most = MAX_NOTED_CHUNKS * self._chunk // prefixes.page_size if request.params.penalised else len(chain)
         return chain[:most]
+
+    def _is_being_computed(self, sequence: Sequence) -> bool:
+        """Whether somebody computes more than a short chunk of a prompt's beginning right now, so that it is sooner
+        found than computed: prompts take turns, and two of a kind would take twice as long."""
+        if sequence.awaits is not None:
+            other, tokens = sequence.awaits
+            if other.finished is None and other.written < tokens:
+                return True
+            sequence.awaits = None
+        prefixes, request = self._prefixes, sequence.request
+        if prefixes is None or request.prompt_logprobs is not None or sequence.prompt_length <= self._running_chunk:
+            return False
+        for other in self.running:
+            if other.tokens or other.request.salt != request.salt:
+                continue
+            shared = prefixes.in_common(request.prompt_token_ids, other.request.prompt_token_ids)
+            if shared - other.written > self._running_chunk:
+                sequence.awaits = (other, shared)
+                return True
+        return False
 
     def _begin_with(self, sequence: Sequence, chain: Chain) -> None:
         """Holds the cached pages that it begins with."""

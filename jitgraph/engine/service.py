@@ -31,6 +31,7 @@ from jitgraph.ipc.messages import (
     Stats,
     Submit,
 )
+from jitgraph.polling import BETWEEN_REQUESTS_S, polling_s
 from jitgraph.types import TokenChunk
 
 QUIET_S = 2e-3
@@ -100,8 +101,9 @@ class ServiceOptions:
 
     max_queued: int = 64
     """Requests that may wait besides those that run."""
-    spin_s: float = 0.0
-    """For how long after the last request the thread polls without sleeping: a quicker answer for a busy core."""
+    spin_s: float | None = None
+    """For how long after the last request the thread polls without sleeping: a quicker answer for a busy core. None
+    leaves it to the device and the number of cores."""
 
 
 class Service:
@@ -126,7 +128,7 @@ class Service:
         self._report = report
         self._hub = hub
         self._ready = ready
-        self._spin_s = options.spin_s
+        self._spin_s = polling_s(options.spin_s, facts.device, BETWEEN_REQUESTS_S)
         self._tidy = tidy
         limits = Limits(facts.max_streams, options.max_queued, facts.max_model_len)
         self._requests = Requests(engine, hub, limits, self.figures, self._failed, grammars)
@@ -153,7 +155,10 @@ class Service:
                 self._idle()
             if self._requests.compiling:
                 self._requests.look_at_grammars()
-            if time.monotonic() >= self._beat_at_s:
+            now_s = time.monotonic()
+            if now_s >= self._requests.next_deadline_s:
+                self._requests.expire(now_s)
+            if now_s >= self._beat_at_s:
                 self._beat()
         if self._fatal is None:
             self._requests.end_all("draining", "the engine process ended before this request was done")
@@ -226,6 +231,8 @@ class Service:
             wait_s = min(wait_s, TIDY_S - quiet_s)
         if self._end_at_s is not None:
             wait_s = min(wait_s, self._end_at_s - now)
+        if self._requests:  # it waits for its grammar
+            wait_s = min(wait_s, self._requests.next_deadline_s - now)
         self._hub.look(0.0 if quiet_s < self._spin_s else max(0.0, wait_s))
 
     def _idle_piece(self) -> None:

@@ -1,13 +1,16 @@
 """The clients of one engine process: accepting, greeting, reading, sending, parting. No torch.
 
 One thread at a time owns a hub: before ready the lobby's, then the engine's. Always holds: nothing here waits for a
-client. One that breaks the protocol, or leaves too much unread, loses its own connection and disturbs nobody else.
+client. One that breaks the protocol, or leaves too much unread, loses its own connection, is told why, and disturbs
+nobody else.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import select
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -24,19 +27,39 @@ HELLO_S = 10.0
 """A connection that has not said hello for so long is closed."""
 RECORDS_A_LOOK = 64
 """Records of one client that are handled in one look: whoever floods the engine holds up nobody else."""
+PART_S = 10.0
+"""Who is sent away has so long to read why."""
+LINGER_S = 0.05
+"""At the end: how long those may take to close their side who have been sent everything."""
 _ACCEPT_AGAIN_S = 1.0
 _READ = select.EPOLLIN
 _BOTH = select.EPOLLIN | select.EPOLLOUT
+_LOGGER = logging.getLogger(__name__)
 
 
 class Client:
     """One connection."""
 
-    __slots__ = ("connection", "name", "opened_s", "pid", "records", "requests", "welcomed", "writing")
+    __slots__ = (
+        "connection",
+        "here",
+        "name",
+        "opened_s",
+        "pid",
+        "records",
+        "requests",
+        "until_s",
+        "welcomed",
+        "writing",
+    )
 
     def __init__(self, connection: Connection[FromClient], pid: int) -> None:
         self.connection = connection
         self.pid = pid
+        self.here = True
+        """Whether it is a client still: nothing it says is heard any more otherwise."""
+        self.until_s = 0.0
+        """How long one that was sent away may take to read why."""
         self.name = ""
         self.opened_s = time.monotonic()
         self.welcomed = False
@@ -74,9 +97,12 @@ class Hub:
         self.handler: Handler | None = None
         self._most_unsent = most_unsent
         self._clients: dict[int, Client] = {}
+        self._parting: dict[int, Client] = {}
+        """Those sent away, who have not read why yet."""
         self._behind: set[Client] = set()
         self._accept_again_s: float | None = None
-        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._bell, self._rope = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._signals = False
         self._epoll = select.epoll()
         self._epoll.register(listener.fileno(), _READ)
         self._epoll.register(self._bell, _READ)
@@ -88,8 +114,14 @@ class Hub:
 
     def wake(self) -> None:
         """Ends a ``look`` that waits. From any thread, or a signal's handler."""
-        with suppress(OSError, ValueError):  # it has been closed
-            os.eventfd_write(self._bell, 1)
+        with suppress(OSError):  # full: it will wake anyway; or closed
+            os.write(self._rope, b"\0")
+
+    def wake_on_signals(self) -> None:
+        """From now on any signal ends a ``look`` that waits, whichever thread the kernel interrupts for it, and so its
+        Python handler runs at once. Main thread, once in a process; ``close`` ends it."""
+        signal.set_wakeup_fd(self._rope, warn_on_full_buffer=False)
+        self._signals = True
 
     # ---------------------------------------------------------------------------------------------------------- reading
 
@@ -101,12 +133,14 @@ class Hub:
             if client is not None:
                 if events & select.EPOLLOUT:
                     self._flush(client)
-                if events & ~select.EPOLLOUT and not client.connection.closed:
+                if events & ~select.EPOLLOUT and client.here:
                     self._read(client)
             elif descriptor == self._bell:
-                os.eventfd_read(self._bell)
+                os.read(self._bell, 4096)
             elif descriptor == self.listener.fileno():
                 self._accept()
+            else:
+                self._see_off(descriptor, events)
         for client in behind:
             if client.records is not None:
                 self._read(client)
@@ -118,7 +152,7 @@ class Hub:
         try:
             for record in records:
                 self._hear(client, record)
-                if client.connection.closed:
+                if not client.here:
                     return
                 count += 1
                 if count >= RECORDS_A_LOOK:
@@ -142,7 +176,7 @@ class Hub:
         else:
             client.name, client.welcomed = record.name, True
             self.send(client, Welcome(PROTOCOL, os.getpid(), self.handler.facts))
-            if not client.connection.closed:
+            if client.here:
                 self.handler.joined(client)
 
     def _accept(self) -> None:
@@ -161,8 +195,10 @@ class Hub:
             self.dismiss(client, f"this engine has {MAX_CLIENTS} clients already: close one of them")
 
     def tick(self) -> None:
-        """Now and then: closes what never said hello, and accepts again."""
+        """Now and then: closes what never said hello or does not read why it was sent away, and accepts again."""
         now = time.monotonic()
+        for client in [one for one in self._parting.values() if now >= one.until_s]:
+            self._close(client)
         for client in [one for one in self._clients.values() if not one.welcomed and now - one.opened_s > HELLO_S]:
             self.dismiss(client, f"no Hello within {HELLO_S:g} s")
         if self._accept_again_s is not None and now >= self._accept_again_s:
@@ -172,7 +208,8 @@ class Hub:
     # ---------------------------------------------------------------------------------------------------------- sending
 
     def send(self, client: Client, record: Message) -> None:
-        """Sends a record, now or as soon as the client reads; one that can get none is dropped.
+        """Sends a record, now or as soon as the client reads; one that can get none is dropped, and one that leaves too
+        much unread is sent away.
 
         Raises:
             ProtocolError: the record is too large for any frame.
@@ -182,12 +219,12 @@ class Hub:
     def send_frame(self, client: Client, frame: bytes) -> None:
         """``send`` for records that are encoded already."""
         connection = client.connection
-        if connection.closed:
+        if not client.here:
             return
         try:
             connection.send_frame(frame)
-        except ProtocolError:
-            self.drop(client)
+        except ProtocolError as error:
+            self.dismiss(client, str(error))
             return
         if connection.unsent and not client.writing:
             client.writing = True
@@ -213,47 +250,102 @@ class Hub:
     # ---------------------------------------------------------------------------------------------------------- parting
 
     def dismiss(self, client: Client, reason: str) -> None:
-        """Closes a connection; the client is told why, if it still listens."""
-        with suppress(ProtocolError):
-            client.connection.send(Goodbye(reason))
-        self.drop(client)
-
-    def drop(self, client: Client) -> None:
-        """Closes a connection at once. May be called more than once."""
-        connection = client.connection
-        if connection.closed:
+        """Sends a client away: it is one no more, and has some time to read why. May be called more than once."""
+        if not client.here:
             return
-        del self._clients[connection.fileno()]
-        self._behind.discard(client)
-        self._epoll.unregister(connection.fileno())
-        client.records = None
-        connection.close()
+        _LOGGER.info("client %s (process %d) is sent away: %s", client.name or "without a name", client.pid, reason)
+        while len(self._parting) >= MAX_CLIENTS:
+            self._close(next(iter(self._parting.values())))
+        self._part(client, reason, PART_S)
         if self.handler is not None:
             self.handler.left(client)
+
+    def drop(self, client: Client) -> None:
+        """Closes a connection at once: the client has gone. May be called more than once."""
+        if not client.here:
+            return
+        self._strike_off(client)
+        self._close(client)
+        if self.handler is not None:
+            self.handler.left(client)
+
+    def _strike_off(self, client: Client) -> None:
+        client.here = False
+        client.records = None
+        del self._clients[client.connection.fileno()]
+        self._behind.discard(client)
+
+    def _part(self, client: Client, reason: str, patience_s: float) -> None:
+        """Says goodbye. What the client still sends is thrown away until it closes its side: a connection that is
+        closed with something unread is reset, and the client may lose the reason."""
+        self._strike_off(client)
+        descriptor = client.connection.fileno()
+        self._parting[descriptor] = client
+        client.until_s = time.monotonic() + patience_s
+        try:
+            client.connection.send_last(Goodbye(reason))
+        except ProtocolError:
+            self._close(client)
+            return
+        self._epoll.modify(descriptor, _BOTH)
+        self._see_off(descriptor, 0)
+
+    def _see_off(self, descriptor: int, events: int) -> None:
+        """Sends what waits for somebody who parts, and closes once the other side has."""
+        client = self._parting.get(descriptor)
+        if client is None:
+            return
+        connection = client.connection
+        try:
+            connection.flush()
+            if not connection.unsent:
+                connection.finish()
+                self._epoll.modify(descriptor, _READ)
+            if events & ~select.EPOLLOUT:
+                connection.discard()
+        except ProtocolError:
+            self._close(client)
+
+    def _close(self, client: Client) -> None:
+        connection = client.connection
+        self._parting.pop(connection.fileno(), None)
+        self._epoll.unregister(connection.fileno())
+        connection.close()
 
     def close(self, reason: str, patience_s: float = 1.0) -> None:
         """Says goodbye to all, gives what they have not read yet so long to leave, and closes everything. Further
         calls do nothing."""
         if self._epoll.closed:
             return
+        if self._signals:
+            signal.set_wakeup_fd(-1)
         self.listener.remove()
         self.handler = None
-        self._say_goodbye(reason, time.monotonic() + patience_s)
+        self._epoll.close()
+        self._epoll = select.epoll()  # for those who part, and nobody else
+        for client in list(self._parting.values()):
+            self._epoll.register(client.connection.fileno(), _READ)
         for client in list(self._clients.values()):
-            self.drop(client)
+            self._epoll.register(client.connection.fileno(), _READ)
+            self._part(client, reason, patience_s)
+        self._see_all_off(time.monotonic() + patience_s)
+        for client in list(self._parting.values()):
+            self._close(client)
         self.listener.close()
         self._epoll.close()
-        bell, self._bell = self._bell, -1
-        os.close(bell)
+        rope, self._rope = self._rope, -1
+        os.close(self._bell)
+        os.close(rope)
 
-    def _say_goodbye(self, reason: str, deadline_s: float) -> None:
-        for client in list(self._clients.values()):
-            with suppress(ProtocolError):
-                client.connection.send(Goodbye(reason))
-        while any(one.connection.unsent for one in self._clients.values()) and time.monotonic() < deadline_s:
-            for client in list(self._clients.values()):
-                try:
-                    client.connection.flush()
-                except ProtocolError:
-                    self.drop(client)
-            time.sleep(1e-3)
+    def _see_all_off(self, deadline_s: float) -> None:
+        """Until everybody has closed its side, or has had everything for a moment, or time is up."""
+        linger_s: float | None = None
+        while self._parting:
+            now = time.monotonic()
+            if linger_s is None and not any(one.connection.unsent for one in self._parting.values()):
+                linger_s = now + LINGER_S
+            left_s = min(deadline_s, linger_s or deadline_s) - now
+            if left_s <= 0:
+                return
+            for descriptor, events in self._epoll.poll(left_s):
+                self._see_off(descriptor, events)

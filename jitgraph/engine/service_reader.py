@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from jitgraph.errors import RequestError
-from jitgraph.ipc.messages import Submit, unpack_ids, unpack_params
+from jitgraph.ipc.messages import MAX_TIMEOUT_S, Submit, unpack_ids, unpack_params
 from jitgraph.types import Grammar, Request, SamplingParams
 
 MAX_SALT_CHARS = 1024
@@ -65,6 +65,8 @@ class RequestReader:
                 f"the prompt has {len(packed) // 4} tokens but the context holds {limit} and must leave room for a new "
                 "one: shorten the prompt or raise max_model_len"
             )
+        if not 0.0 <= record.timeout_s <= MAX_TIMEOUT_S:
+            raise RequestError(f"timeout_s must be between 0 and {MAX_TIMEOUT_S:g} seconds, not {record.timeout_s}")
         if len(record.salt) > MAX_SALT_CHARS:
             raise RequestError(f"salt has {len(record.salt)} characters; {MAX_SALT_CHARS} are possible")
         return Request(

@@ -5,7 +5,9 @@ Engine's thread. Always holds: a request stands in three books (here, in its cli
 
 from __future__ import annotations
 
+import heapq
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -22,6 +24,8 @@ from jitgraph.ipc.messages import Refused, Submit, Tokens, WireLogprobs
 from jitgraph.types import FinishReason, Grammar, Request, SamplingParams, TokenChunk, TokenLogprobs
 
 _CANCELLED = FinishReason.CANCELLED.value
+_MOST_ENDED = 256
+"""So many requests that have ended may stand among the deadlines before they are sorted out."""
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -113,6 +117,9 @@ class Requests:
         self._compiling: list[tuple[Live, Request, Compiling]] = []
         self._reader = RequestReader(limits.max_model_len)
         self._live: dict[int, Live] = {}
+        self._deadlines: list[tuple[float, int, float]] = []
+        """A heap: ``time.monotonic`` at which a request must be done, its identity, and the seconds it was given; ended
+        ones may still be among them."""
         self._next_identity = 1
         self._most = limits.max_streams + limits.max_queued
         self.unlaunched: deque[Live] = deque()
@@ -144,6 +151,37 @@ class Requests:
         self._next_identity += 1
         live = Live(client, request_id, identity, received_ns, 0, False)
         self._guarded(live, lambda: self._take(live, self._reader.read(identity, record)))
+        if record.timeout_s and identity in self._live:
+            self._limit(identity, record.timeout_s)
+
+    def _limit(self, identity: int, timeout_s: float) -> None:
+        """Notes when a request must be done."""
+        deadlines = self._deadlines
+        if len(deadlines) > _MOST_ENDED + 2 * len(self._live):
+            deadlines[:] = [one for one in deadlines if one[1] in self._live]
+            heapq.heapify(deadlines)
+        heapq.heappush(deadlines, (time.monotonic() + timeout_s, identity, timeout_s))
+
+    @property
+    def next_deadline_s(self) -> float:
+        """``time.monotonic`` at which ``expire`` may have something to do; infinite where nothing has a limit."""
+        return self._deadlines[0][0] if self._deadlines else math.inf
+
+    def expire(self, now_s: float) -> None:
+        """Ends the requests whose time is over, those that wait and those that run; their pages are free at once."""
+        while self._deadlines and self._deadlines[0][0] <= now_s:
+            _, identity, timeout_s = heapq.heappop(self._deadlines)
+            live = self._live.get(identity)
+            if live is None:
+                continue
+            self._withdraw(live)
+            how = "it was answered in part" if live.told else "it had not come to its first token"
+            self._refuse(
+                live.client,
+                live.request_id,
+                "deadline",
+                f"this request was not done within the {timeout_s:g} s that it was given: {how}",
+            )
 
     def _guarded(self, live: Live, take: Callable[[], None]) -> None:
         """Does what brings a request into the engine, and refuses it where that fails."""

@@ -95,6 +95,7 @@ class Worker:
             signal.signal(number, self._on_signal)
         self._listener = Listener(self._options.socket)
         hub = Hub(self._listener)
+        hub.wake_on_signals()
         try:
             return self._serve(hub)
         except _Ended:
@@ -126,6 +127,8 @@ class Worker:
             raise _Ended
         collector.freeze()
         service.figures.watch.start()  # pauses count from here on
+        for notice in opened.engine.notices:
+            self._say(notice)
         self._say(f"{opened.name} is ready after {sum(ready.phases_s.values()):.1f} s, at {self._options.socket}")
         fatal = service.run()
         if fatal is not None:

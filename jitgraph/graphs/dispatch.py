@@ -30,6 +30,7 @@ class Reason(str, enum.Enum):
     CAPTURE_FAILED = "capturing this size failed lately"
     OVER_LARGEST = "larger than the largest bucket"
     GRAPHS_OFF = "graphs are switched off"
+    NOT_CAPTURABLE = "the model's own code cannot be captured"
     LONE_STREAM = "one stream alone is decoding"
     SCORED = "log-probabilities of the prompt were asked for"
 
@@ -64,12 +65,17 @@ class Dispatcher:
 
     def __init__(self, graphs_enabled: bool, store: Store[Any], buckets: Sequence[int] = ()) -> None:
         self._enabled = graphs_enabled
+        self._why_off = Reason.GRAPHS_OFF
         self._store = store
         self._buckets = tuple(buckets)
         self.paths: Counter[tuple[Phase, Path]] = Counter()
         self.reasons: Counter[Reason] = Counter()
         self.eager_reasons: Counter[Reason] = Counter()
         """Part of ``reasons``: those of eager steps."""
+
+    def give_up(self) -> None:
+        """Every step runs eagerly from here on: nothing of this model can be captured."""
+        self._enabled, self._why_off = False, Reason.NOT_CAPTURABLE
 
     def decide(self, wanted: GraphKey) -> Decision:
         """``choose``, counted at once."""
@@ -90,7 +96,7 @@ class Dispatcher:
     def choose(self, wanted: GraphKey) -> Decision:
         """How to run a step of ``wanted``'s size. Never fails: what has no graph runs eagerly."""
         if not self._enabled:
-            return Decision(Path.EAGER, wanted, Reason.GRAPHS_OFF)
+            return Decision(Path.EAGER, wanted, self._why_off)
         store = self._store
         if store.lookup(wanted) is not None:
             return Decision(Path.EXACT, wanted, Reason.CAPTURED)

@@ -12,7 +12,8 @@ from jitgraph.graphs.buffers import Buffers
 from jitgraph.graphs.key import GraphKey, Phase, Sampling
 from jitgraph.model.cache import KVCache
 from jitgraph.model.decoder import Decoder, Section
-from jitgraph.ops.reference_linear import LinearScratch
+from jitgraph.model.hf_decoder import HfDecoder, OwnCacheDecoder
+from jitgraph.ops.reference_linear import SplitScratch
 
 
 class StepProgram:
@@ -23,7 +24,7 @@ class StepProgram:
     are launched, these; on the CPU, where a queued loop runs later, those of the device's own counters.
     """
 
-    def __init__(self, decoder: Decoder, buffers: Buffers, cache: KVCache) -> None:
+    def __init__(self, decoder: Decoder | HfDecoder | OwnCacheDecoder, buffers: Buffers, cache: KVCache) -> None:
         self.decoder = decoder
         self.buffers = buffers
         self.cache = cache
@@ -133,11 +134,10 @@ class StepProgram:
         ``score_`` buffers. It comes between the logits and the end of a step whose sampling is outside its graph. So
         that one shape serves all, it always computes as many rows; what stands in the others is of no use."""
         decoder, buffers = self.decoder, self.buffers
-        hidden, logits = buffers["score_hidden"], buffers["score_logits"]
-        hidden[:count].copy_(buffers["residual"][first : first + count], non_blocking=True)
-        scratch = LinearScratch(buffers["split_sums"], buffers["split_arrivals"])
-        head = (decoder.weights.lm_head, None, buffers["score_normed"], logits, scratch)
-        decoder.ops.norm_linear(None, hidden, decoder.weights.final_norm, decoder.spec.rms_norm_eps, *head)
+        logits = buffers["score_logits"]
+        scratch = SplitScratch(buffers["split_sums"], buffers["split_arrivals"])
+        places = (buffers["residual"], buffers["score_hidden"], buffers["score_normed"])
+        decoder.score(first, logits, count, *places, scratch)
         report = (buffers["score_logprobs"], buffers["score_top_ids"], buffers["score_top_logprobs"])
         decoder.ops.score(logits, buffers["score_targets"], buffers["score_scratch"], *report)
 

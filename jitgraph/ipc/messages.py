@@ -18,7 +18,7 @@ import msgspec
 from jitgraph.errors import RequestError
 from jitgraph.types import SamplingParams
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of these records; both sides must have the same."""
 BEAT_S = 0.25
 """Most time between two ``Beat`` records of a live engine that is ready."""
@@ -28,6 +28,8 @@ MAX_NAME_CHARS = 256
 """Longest name of a client."""
 MAX_DRAIN_S = 86_400.0
 """Longest time a ``Drain`` may grant."""
+MAX_TIMEOUT_S = 604_800.0
+"""Longest time that a ``Submit`` may give its request."""
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -68,6 +70,9 @@ class Submit(Message, frozen=True):
     prompt_logprobs: int | None = None
     """Alternatives to report for each prompt token; None reports nothing."""
     grammar: Grammar | None = None
+    timeout_s: float = 0.0
+    """Seconds from its arrival at the engine after which it ends as ``Refused`` of kind ``deadline``, whether it waits
+    or runs; 0 lets it take its time. Out of range it refuses the request, not the client."""
 
 
 class Cancel(Message, frozen=True):
@@ -176,7 +181,7 @@ class Refused(Message, frozen=True):
 
     request_id: int
     kind: str
-    """``request``, ``capacity``, ``overloaded``, ``draining`` or ``internal``."""
+    """``request``, ``capacity``, ``overloaded``, ``draining``, ``deadline`` or ``internal``."""
     message: str
     retry_after_s: float = 0.0
 

@@ -12,6 +12,7 @@ import os
 import socket
 import stat
 import struct
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +31,10 @@ _BACKLOG = 64
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 T = TypeVar("T")
+
+
+class PeerGone(ProtocolError):
+    """The other side has closed the connection, or its process has ended."""
 
 
 def private_folder(path: Path) -> Path:
@@ -141,8 +146,9 @@ def check_peer(connection: socket.socket) -> int:
 class Connection(Generic[T]):
     """One end of a connection, never blocking: what cannot be sent now waits here, up to a limit.
 
-    One thread. Its owner polls ``fileno`` for reading, and for writing while ``unsent``. After a failed ``send`` or
-    ``flush`` nothing more is sent, since a frame may have gone out in part; what has arrived can still be received.
+    One thread. Its owner polls ``fileno`` for reading, and for writing while ``unsent``. After a failed ``send``
+    nothing more is sent but the rest of a frame that has begun and one last record (``send_last``), and after a failed
+    ``flush`` nothing at all; what has arrived can still be received.
     """
 
     def __init__(self, connected: socket.socket, framer: Framer[T], most_unsent: int = MAX_UNSENT_BYTES) -> None:
@@ -151,7 +157,10 @@ class Connection(Generic[T]):
         self._framer = framer
         self._most = most_unsent
         self._unsent = bytearray()
+        self._sizes: deque[int] = deque()
+        """Of what waits, piece by piece as it was given; part of the first may have gone."""
         self._broken = ""
+        self._gone = False
         self.closed = False
 
     def fileno(self) -> int:
@@ -174,37 +183,65 @@ class Connection(Generic[T]):
 
     def send_frame(self, frame: bytes) -> None:
         """``send`` for a record that is encoded already. One frame may be larger than the limit where none waits."""
-        self._check_usable()
-        if not self._unsent:
-            self._unsent += frame[self._write(frame) :]
-        elif len(self._unsent) + len(frame) > self._most:
-            raise self._failed(f"the other side left more than {self._most} bytes unread")
-        else:
-            self._unsent += frame
-
-    def _check_usable(self) -> None:
-        if self.closed:
-            raise ProtocolError("the connection is closed")
         if self._broken:
             raise ProtocolError(self._broken)
+        if self._unsent and len(self._unsent) + len(frame) > self._most:
+            self._broken = f"the other side left more than {self._most} bytes unread"
+            self._keep_begun()
+            raise ProtocolError(self._broken)
+        self._append(frame)
 
-    def _failed(self, reason: str) -> ProtocolError:
-        self._broken = reason
+    def send_last(self, message: Message) -> None:
+        """Sends a record after which nothing can follow, and which no limit keeps back: why the connection ends.
+
+        Raises:
+            PeerGone: the other side is gone.
+        """
+        frame = encode(message)
+        if self._gone:
+            raise ProtocolError(self._broken)
+        self._append(frame)
+        self._broken = self._broken or "the last record has been sent"
+
+    def _append(self, frame: bytes) -> None:
+        rest = frame if self._unsent else frame[self._write(frame) :]
+        if rest:
+            self._unsent += rest
+            self._sizes.append(len(rest))
+
+    def _keep_begun(self) -> None:
+        """Of what waits, only the piece that may have gone in part is still sent."""
+        while len(self._sizes) > 1:
+            self._sizes.pop()
+        del self._unsent[self._sizes[0] :]
+
+    def _lost(self, reason: str) -> ProtocolError:
+        self._broken, self._gone = reason, True
         self._unsent.clear()
-        return ProtocolError(reason)
+        self._sizes.clear()
+        return PeerGone(reason)
 
     def flush(self) -> None:
         """Sends what waits, as much as goes.
 
         Raises:
-            ProtocolError: the other side is gone.
+            PeerGone: the other side is gone.
         """
         while self._unsent:
-            self._check_usable()
             sent = self._write(memoryview(self._unsent)[:_READ_BYTES].tobytes())
             if not sent:
                 return
             del self._unsent[:sent]
+            while sent:
+                self._sizes[0] -= (piece := min(sent, self._sizes[0]))
+                sent -= piece
+                if not self._sizes[0]:
+                    self._sizes.popleft()
+
+    def finish(self) -> None:
+        """Tells the other side that nothing follows. May be called more than once."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
 
     def _write(self, data: bytes) -> int:
         try:
@@ -212,27 +249,43 @@ class Connection(Generic[T]):
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError as error:
-            raise self._failed(f"the other side is gone: {error.strerror}") from error
+            raise self._lost(f"the other side is gone: {error.strerror}") from error
 
     def receive(self) -> Iterator[T]:
         """The records that have arrived, without waiting.
 
         Raises:
-            ProtocolError: the other side is gone, or does not keep to the protocol.
+            PeerGone: the other side is gone.
+            ProtocolError: it does not keep to the protocol.
         """
+        data = self._read()
+        if data:
+            yield from self._framer.feed(data)
+
+    def discard(self) -> None:
+        """Throws away what has arrived. Where a connection is closed with something unread, the other side may lose
+        what it was sent last.
+
+        Raises:
+            PeerGone: the other side is gone.
+        """
+        self._read()
+
+    def _read(self) -> bytes:
+        """What has arrived; nothing where nothing has."""
         try:
             data = self._socket.recv(_READ_BYTES)
         except (BlockingIOError, InterruptedError):
-            return
+            return b""
         except OSError as error:
-            raise ProtocolError(f"the other side is gone: {error.strerror}") from error
+            raise PeerGone(f"the other side is gone: {error.strerror}") from error
         if not data:
-            raise ProtocolError("the other side has closed the connection")
-        yield from self._framer.feed(data)
+            raise PeerGone("the other side has closed the connection")
+        return data
 
     def close(self) -> None:
         """Closes it, at once. May be called more than once."""
         self.closed = True
-        self._unsent.clear()
+        self._lost(self._broken or "the connection is closed")
         with suppress(OSError):
             self._socket.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 
@@ -17,7 +18,7 @@ from jitgraph.model.cache import KVCache
 from jitgraph.model.spec import ModelSpec
 from jitgraph.model.weights import LayerWeights, ModelWeights
 from jitgraph.ops.reference import Rolling, Rope
-from jitgraph.ops.reference_linear import LinearScratch
+from jitgraph.ops.reference_linear import SplitScratch
 from jitgraph.ops.reference_prefill import JOINED_TOKENS
 from jitgraph.ops.select import Op, Ops
 from jitgraph.ops.slots import SlotTable
@@ -49,6 +50,10 @@ class Section:
 class Decoder:
     """A model ready to run: its figures, its tensors, its ops."""
 
+    native: ClassVar[bool] = True
+    """Whether each step is known to be capturable, and comes in short pieces."""
+    capturable: ClassVar[bool] = True
+    """Whether there is any use in trying to capture its steps."""
     spec: ModelSpec
     weights: ModelWeights
     rope: Rope
@@ -85,6 +90,23 @@ class Decoder:
             ]
         return [*found, Section(False, run.end)]
 
+    def score(
+        self,
+        first: int,
+        logits: torch.Tensor,
+        count: int,
+        residual: torch.Tensor,
+        hidden: torch.Tensor,
+        normed: torch.Tensor,
+        scratch: SplitScratch,
+    ) -> None:
+        """Logits of ``count`` tokens of the step before, from ``first`` on, from what it left in ``residual``
+        ``[T, D]``. hidden, normed ``[B, D]`` and logits ``[B, V]`` have one shape for all; what stands in the other
+        rows is of no use."""
+        hidden[:count].copy_(residual[first : first + count], non_blocking=True)
+        head = (self.weights.lm_head, None, normed, logits, scratch)
+        self.ops.norm_linear(None, hidden, self.weights.final_norm, self.spec.rms_norm_eps, *head)
+
 
 class _Pass:
     """One forward pass: the residual, and what is still to be added to it."""
@@ -100,7 +122,7 @@ class _Pass:
         self._slots = slots
         self._ops = decoder.ops
         self._eps = decoder.spec.rms_norm_eps
-        self._scratch = LinearScratch(work.split_sums, work.split_arrivals)
+        self._scratch = SplitScratch(work.split_sums, work.split_arrivals)
         self._pending: torch.Tensor | None = None
         joined = phase == "prefill" and batch.positions.shape[0] <= JOINED_TOKENS
         self._one_launch = decoder.one_launch if joined else None
@@ -137,7 +159,9 @@ class _Pass:
         how = (spec.head_dim**-0.5, spec.layer_windows[index])
         if self._one_launch is not None:
             tokens = (batch.positions, batch.token_slot, self._slots)
-            self._one_launch(work.qkv, *tokens, self._decoder.rope, k_cache, v_cache, *how, work.attended)
+            self._one_launch(
+                work.qkv, *tokens, self._decoder.rope, k_cache, v_cache, *how, work.attended, self._scratch
+            )
             return
         ops.rope_append(
             work.qkv,

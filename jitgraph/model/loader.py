@@ -9,18 +9,20 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from jitgraph.errors import CheckpointError, ConfigError
+from jitgraph.errors import CheckpointError, ConfigError, UnsupportedModelError
 from jitgraph.model.checkpoint import open_checkpoint
 from jitgraph.model.config_reader import read_json
 from jitgraph.model.device import resolve_device, resolve_dtype
-from jitgraph.model.hf_config import config_dtype, eos_ids, spec_from_config
+from jitgraph.model.hf import HfModel, load_hf_model
+from jitgraph.model.hf_config import ARCHITECTURES, config_dtype, eos_ids, spec_from_config
+from jitgraph.model.hf_spec import ForeignSpec, foreign_spec
 from jitgraph.model.packing import Progress, allocate_weights, fill, hf_views
 from jitgraph.model.presets import PRESETS, RANDOM_BY_NATURE, preset_config
 from jitgraph.model.random_weights import iter_random_tensors
@@ -39,7 +41,7 @@ class LoadedModel:
     name: str
     """The preset, the hub id or the folder's name."""
     spec: ModelSpec
-    weights: ModelWeights
+    weights: ModelWeights | HfModel
     folder: Path | None
     """Where its tokenizer and chat template lie; None for a preset, which uses the bundled ones."""
     generation_config: dict[str, Any]
@@ -66,6 +68,7 @@ def load_model(
     weights: str = "checkpoint",
     seed: int = 0,
     progress: Progress | None = None,
+    before: Callable[[ModelSource, torch.dtype, torch.device], None] | None = None,
 ) -> LoadedModel:
     """Reads or makes a model's weights straight into their packed places on the device.
 
@@ -77,10 +80,11 @@ def load_model(
         weights: ``checkpoint`` reads safetensors; ``random`` makes seeded random ones (a folder then needs no weights).
         seed: of random weights.
         progress: told (phase, MiB done, MiB in all) after each tensor.
+        before: called once everything is known of the model and before any weight is read; what it raises comes out.
 
     Raises:
         CheckpointError: nothing of that name, or a checkpoint that is damaged or contradicts its config.
-        UnsupportedModelError: a family or feature outside the native decoder.
+        UnsupportedModelError: a model that neither the native decoder nor transformers can run, or quantised.
         ConfigError: a preset without ``weights="random"``, or an unknown ``weights`` or ``dtype``.
         DeviceError: the device is not there.
         CapacityError: the device's memory is too small.
@@ -89,6 +93,8 @@ def load_model(
     source = find_model(model, weights=weights)
     spec, random = source.spec, weights == "random" or source.folder is None
     tensors: Iterable[tuple[str, torch.Tensor]]
+    if isinstance(spec, ForeignSpec):
+        return _load_foreign(source, spec, target, dtype, seed if random else None, progress, before)
     if source.folder is not None and not random:
         checkpoint = open_checkpoint(source.folder)
         checkpoint.check(spec)
@@ -96,6 +102,8 @@ def load_model(
             spec = dataclasses.replace(spec, dtype=checkpoint.dtype or spec.dtype)
         tensors = checkpoint.tensors(spec)
     chosen = resolve_dtype(dtype, spec.dtype, target)
+    if before is not None:
+        before(source, chosen, target)
     if random:
         tensors = iter_random_tensors(spec, seed, target, chosen)
     packed = allocate_weights(spec, target, chosen)
@@ -103,6 +111,27 @@ def load_model(
     if target.type == "cuda":
         torch.cuda.empty_cache()  # the drafts of random tensors; what stays reserved is the model alone
     return LoadedModel(source.name, spec, packed, source.folder, source.generation_config, chosen, target)
+
+
+def _load_foreign(
+    source: ModelSource,
+    spec: ForeignSpec,
+    device: torch.device,
+    dtype: str,
+    seed: int | None,
+    progress: Progress | None,
+    before: Callable[[ModelSource, torch.dtype, torch.device], None] | None,
+) -> LoadedModel:
+    """A model outside the native families; random weights with a ``seed``."""
+    if seed is None and config_dtype(source.config, source.name) is None:
+        assert source.folder is not None
+        spec = dataclasses.replace(spec, dtype=open_checkpoint(source.folder).dtype or spec.dtype)
+    chosen = resolve_dtype(dtype, spec.dtype, device)
+    if before is not None:
+        before(source, chosen, device)
+    how: dict[str, Any] = {"device": device, "dtype": chosen, "seed": seed, "progress": progress}
+    held = load_hf_model(spec, source.config, source.folder, source.name, **how)
+    return LoadedModel(source.name, held.spec, held, source.folder, source.generation_config, chosen, device)
 
 
 def find_model(model: str, *, weights: str = "checkpoint") -> ModelSource:
@@ -157,7 +186,25 @@ def _read_folder(name: str, folder: Path) -> ModelSource:
     config = read_json(path, "name a Hugging Face checkpoint folder, the one that holds config.json")
     generation = folder / "generation_config.json"
     generation_config = read_json(generation, "") if generation.exists() else {}
-    spec = spec_from_config(config, str(path))
+    spec = _spec(config, str(path))
     spec = dataclasses.replace(spec, eos_token_ids=eos_ids(spec, generation_config, str(generation)))
     _check_eos(spec, folder)
     return ModelSource(name, folder, config, generation_config, spec)
+
+
+def _spec(config: dict[str, Any], where: str) -> ModelSpec:
+    """The figures of a model, native or not. What no other way could help, a quantised checkpoint or an odd dtype, is
+    refused as the native decoder refuses it."""
+    try:
+        return spec_from_config(config, where)
+    except UnsupportedModelError as error:
+        table = config.get("quantization_config")
+        if table is not None and config.get("model_type") in ARCHITECTURES:
+            raise
+        if table is not None:
+            method = table.get("quant_method", "unnamed") if isinstance(table, dict) else table
+            raise UnsupportedModelError(
+                f"{where}: a quantised checkpoint ({method}) of this family is not supported: "
+                "use the float16, bfloat16 or float32 original"
+            ) from error
+        return foreign_spec(config, where, error)

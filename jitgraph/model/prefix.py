@@ -94,6 +94,17 @@ class PrefixIndex:
             chain.append(page)
         return chain
 
+    def in_common(self, ids: Sequence[int], others: Sequence[int]) -> int:
+        """Tokens of the whole pages that two prompts both begin with, short of the first one's last token."""
+        size = self.page_size
+        most = min((len(ids) - 1) // size, len(others) // size) * size
+        if ids[:size] != others[:size]:
+            return 0
+        if ids[:most] == others[:most]:
+            return most
+        first = next(at for at in range(most) if ids[at] != others[at])
+        return first // size * size
+
     def hold(self, chain: Chain) -> None:
         """One more sequence reads these pages; none of them goes before it lets go."""
         for page in chain:

@@ -42,7 +42,7 @@ def _key_range(
 
 
 @triton.jit
-def _last_to_arrive(counter, active):
+def last_to_arrive(counter, active):
     """Whether this program is the last of ``active`` to get here; that one leaves the counter at 0 for the next launch.
 
     Why the last one may read what the others wrote. Every thread of a program stores its part of the result, then all
@@ -112,7 +112,7 @@ def _deliver(
         at = head * SPLITS + split
         tl.store(partial_lse + at, lse, mask=member < GROUP)
         tl.store(partial + at[:, None] * DH + d[None, :], mean, mask=mask)
-        if _last_to_arrive(counter, active):
+        if last_to_arrive(counter, active):
             _merge(
                 partial, partial_lse, out, first_head, active, GROUP, BLOCK_G, DH, BLOCK_D, SPLITS, BLOCK_S, CHUNK
             )  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Iterable, Iterator
 from ctypes import byref, c_float, c_int, c_size_t, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,7 +22,9 @@ _COMPUTE_F32, _REAL_F32 = 68, 0
 _TYPES = {torch.float16: 2, torch.bfloat16: 14}
 _DESC_TRANSPOSE_A, _TRANSPOSED = 3, 1
 _PREFERENCE_WORKSPACE = 1
-_CONFIG_SPLIT_K, _CONFIG_REDUCTION = 2, 3
+_CONFIG_TILE, _CONFIG_SPLIT_K, _CONFIG_REDUCTION, _CONFIG_CUSTOM, _CONFIG_CLUSTER = 1, 2, 3, 5, 8
+_CONFIG_BYTES = {_CONFIG_CLUSTER: 2}
+"""Of an attribute's value, where it is not four."""
 _REDUCTION_IN_F32 = 2
 
 
@@ -155,10 +158,27 @@ class Product:
 
     def split(self, algorithm: Algorithm, parts: int) -> Algorithm | None:
         """The same algorithm with the sum over K in so many parts; None where it cannot."""
+        return self._changed(algorithm, {_CONFIG_SPLIT_K: parts, _CONFIG_REDUCTION: _REDUCTION_IN_F32})
+
+    def tile(self, algorithm: Algorithm) -> int | None:
+        """The number that the library gives to the algorithm's tile; similar tiles have close ones."""
+        words, value, written = _Algorithm.from_buffer_copy(algorithm.code), c_int(), c_size_t()
+        read = self._library.function("cublasLtMatmulAlgoConfigGetAttribute")
+        failed = read(byref(words), _CONFIG_TILE, byref(value), c_size_t(4), byref(written))
+        return None if failed else value.value
+
+    def neighbours(self, algorithm: Algorithm, tiles: Iterable[int]) -> Iterator[list[Algorithm]]:
+        """Algorithms that differ from this one in one thing, a list for each such thing: the tile (one of ``tiles``),
+        the custom option, the cluster, the parts of the sum. The library offers few of these by itself."""
+        for attribute, values in ((_CONFIG_TILE, tiles), (_CONFIG_CUSTOM, range(10)), (_CONFIG_CLUSTER, range(1, 12))):
+            found = [self._changed(algorithm, {attribute: value}) for value in values]
+            yield [one for one in found if one is not None]
+        yield [one for one in (self.split(algorithm, parts) for parts in (2, 3, 4)) if one is not None]
+
+    def _changed(self, algorithm: Algorithm, settings: dict[int, int]) -> Algorithm | None:
         words = _Algorithm.from_buffer_copy(algorithm.code)
-        for attribute, value in ((_CONFIG_SPLIT_K, parts), (_CONFIG_REDUCTION, _REDUCTION_IN_F32)):
-            setting = c_int(value)
-            arguments = (byref(words), attribute, byref(setting), c_size_t(4))
+        for attribute, value in settings.items():
+            arguments = (byref(words), attribute, byref(c_int(value)), c_size_t(_CONFIG_BYTES.get(attribute, 4)))
             if self._library.function("cublasLtMatmulAlgoConfigSetAttribute")(*arguments):
                 return None
         return self.checked(bytes(words))

@@ -17,7 +17,7 @@ from jitgraph.ops.elementwise import add_rms_norm, assert_contiguous, ceil_div, 
 from jitgraph.ops.linear_kernels import gemv_kernel, skinny_kernel
 from jitgraph.ops.pdl import PDL_TOKENS, pdl_options
 from jitgraph.ops.products import TunedProducts
-from jitgraph.ops.reference_linear import LinearScratch
+from jitgraph.ops.reference_linear import SplitScratch
 
 SKINNY_TOKENS = 16
 """Tokens up to which the tensor-core kernel is ahead of cuBLAS on an H200 (``docs/log.md`` has the figures)."""
@@ -28,12 +28,12 @@ _BLOCK_N = 64
 
 
 def partial_words(n: int) -> int:
-    """float32 words of ``LinearScratch.partial`` that products of up to ``n`` outputs need."""
+    """float32 words of ``SplitScratch.partial`` that products of up to ``n`` outputs need."""
     return _MAX_SPLIT * min(n, _FILL_PROGRAMS * _BLOCK_N) * SKINNY_TOKENS
 
 
 def arrival_words(n: int) -> int:
-    """int32 words of ``LinearScratch.arrivals`` for products of up to ``n`` outputs."""
+    """int32 words of ``SplitScratch.arrivals`` for products of up to ``n`` outputs."""
     return ceil_div(min(n, _FILL_PROGRAMS * _BLOCK_N), _BLOCK_N)
 
 
@@ -64,7 +64,7 @@ class Products:
         bias: torch.Tensor | None,
         normed: torch.Tensor,
         out: torch.Tensor,
-        scratch: LinearScratch,
+        scratch: SplitScratch,
     ) -> None:
         """out = rms_norm(residual + pending) @ weight.T (+ bias); see ``reference_linear.norm_linear``."""
         if self._is_vector(residual) and pending is None:
@@ -83,7 +83,7 @@ class Products:
         bias: torch.Tensor | None,
         hidden: torch.Tensor,
         residual: torch.Tensor,
-        scratch: LinearScratch,
+        scratch: SplitScratch,
     ) -> torch.Tensor | None:
         """residual += x @ weight.T (+ bias); see ``reference_linear.linear_add``. In the library a product with a bias
         leaves the addition to the next norm."""
@@ -110,7 +110,7 @@ class Products:
         normed: torch.Tensor,
         gate_up: torch.Tensor,
         activated: torch.Tensor,
-        scratch: LinearScratch,
+        scratch: SplitScratch,
     ) -> None:
         """activated = silu(gate) * up of the normed residual; see ``reference_linear.norm_gated``."""
         if self._is_vector(residual) and pending is None:
@@ -145,7 +145,7 @@ class Products:
         bias: torch.Tensor | None,
         residual: torch.Tensor | None,
         out: torch.Tensor,
-        scratch: LinearScratch,
+        scratch: SplitScratch,
         gated: bool,
     ) -> None:
         if self._vector and x.shape[0] <= SKINNY_TOKENS:
@@ -220,7 +220,7 @@ def _skinny(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     out: torch.Tensor,
-    scratch: LinearScratch,
+    scratch: SplitScratch,
     gated: bool,
 ) -> None:
     """2 to ``SKINNY_TOKENS`` tokens; the sum is split where there are too few rows of weight to fill the device."""
@@ -237,7 +237,7 @@ def _tiled(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     out: torch.Tensor,
-    scratch: LinearScratch,
+    scratch: SplitScratch,
     gated: bool,
 ) -> None:
     """Any number of tokens, each element summed over K in one order.
@@ -256,7 +256,7 @@ def _launch_tiled(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     out: torch.Tensor,
-    scratch: LinearScratch,
+    scratch: SplitScratch,
     gated: bool,
     block_m: int,
     split: int,

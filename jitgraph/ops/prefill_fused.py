@@ -2,6 +2,10 @@
 
 For a plain cache: no norms of queries and keys, no rolling window, no dynamic RoPE. The order of a row's sums depends
 on where it stands in its chunk, so the batch-invariant mode keeps the two ops. No call allocates or synchronises.
+
+A short chunk has few programs, and behind a long context each would read much: the next turn of a chat. So programs
+share the context's keys, as at decode. How many do is data on the device, since one graph serves a chunk wherever it
+stands; those that are not needed leave at once.
 """
 
 from __future__ import annotations
@@ -16,11 +20,22 @@ from jitgraph.ops.elementwise import assert_contiguous, assert_slots, ceil_div, 
 from jitgraph.ops.pdl import PDL_TOKENS, pdl_options
 from jitgraph.ops.prefill_fused_kernels import rope_prefill_attention_kernel
 from jitgraph.ops.reference import Rope
+from jitgraph.ops.reference_linear import SplitScratch
+from jitgraph.ops.reference_prefill import JOINED_TOKENS
 from jitgraph.ops.slots import SlotTable
 
 _WGMMA_ARCH = 90
 _ENOUGH_PROGRAMS = 64
 """About half the multiprocessors of an H200: with fewer programs, smaller ones are faster."""
+_FILL_PROGRAMS = 256
+"""About two for each multiprocessor; more would have to wait for one another."""
+_MAX_SPLITS = 8
+_MIN_KEYS_PER_SPLIT = 256
+"""Keys of the context that make another program worth its merge, on average."""
+_MOST_ROWS = 32
+"""Queries of the largest of all tiles."""
+_SPLIT_ROWS = 16
+"""Queries of a program, as far as the number of splits goes: it may not depend on more than tokens and heads."""
 
 
 def fused_tile(tokens: int, num_heads: int, dh: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
@@ -41,16 +56,43 @@ def fused_tile(tokens: int, num_heads: int, dh: int, dtype: torch.dtype) -> tupl
     return (16, 64, 8, 1) if few else (32, 64, 8, 1)
 
 
+def fused_splits(tokens: int, num_heads: int) -> int:
+    """Programs that may share the context of a block of queries: a power of two, so many that all fit the device."""
+    programs = num_heads * ceil_div(tokens, _SPLIT_ROWS)
+    return 1 << (max(1, min(_MAX_SPLITS, _FILL_PROGRAMS // programs)).bit_length() - 1)
+
+
+def partial_words(num_heads: int, dh: int) -> int:
+    """float32 words of ``SplitScratch.partial`` that chunks of any length need, whatever the dtype."""
+    return max(_block_words(tokens, num_heads, dh, _MOST_ROWS) for tokens in range(1, JOINED_TOKENS + 1))
+
+
+def arrival_words(num_heads: int) -> int:
+    """int32 words of ``SplitScratch.arrivals`` for the same."""
+    return num_heads * ceil_div(JOINED_TOKENS, _SPLIT_ROWS)
+
+
+def _block_words(tokens: int, num_heads: int, dh: int, block_m: int) -> int:
+    splits = fused_splits(tokens, num_heads)
+    rows = num_heads * ceil_div(tokens, block_m) * block_m
+    return rows * splits * (_block_d(dh) + 2) if splits > 1 else 0
+
+
+def _block_d(dh: int) -> int:
+    return max(16, next_power_of_two(dh))  # 16: the least that a matrix product takes
+
+
 def fused_classes(num_heads: int, chunk_tokens: int) -> tuple[int, ...]:
     """Token counts that stand for all up to ``chunk_tokens``: the least of each (tile, class of integer), ascending.
 
     Triton compiles 1, multiples of 16 and other integers apart. The half types at ``Dh`` <= 128 tell the most tiles
     apart, so their classes serve the others too.
     """
-    least: dict[tuple[tuple[int, ...], bool, bool, bool], int] = {}
+    least: dict[tuple[tuple[int, ...], int, bool, bool, bool], int] = {}
     for tokens in range(1, chunk_tokens + 1):
         tile = fused_tile(tokens, num_heads, 128, torch.float16)
-        least.setdefault((tile, tokens <= PDL_TOKENS, tokens == 1, tokens % 16 == 0), tokens)
+        splits = fused_splits(tokens, num_heads)
+        least.setdefault((tile, splits, tokens <= PDL_TOKENS, tokens == 1, tokens % 16 == 0), tokens)
     return tuple(least.values())
 
 
@@ -65,6 +107,7 @@ def rope_prefill_attention(
     scale: float,
     window: int,
     out: torch.Tensor,
+    scratch: SplitScratch,
 ) -> None:
     """Rotates, appends and attends; see ``reference_prefill.rope_prefill_attention``.
 
@@ -81,7 +124,10 @@ def rope_prefill_attention(
     assert dh % 2 == 0 and rope.cos_sin.shape[1] == dh and rope.cos_sin.shape[0] >= tokens
     assert not rope.dynamic_original, "frequencies that depend on the length are for rope_append"
     block_m, block_n, warps, stages = fused_tile(tokens, hq, dh, qkv.dtype)
-    rope_prefill_attention_kernel[(hq, ceil_div(tokens, block_m))](
+    blocks, splits = ceil_div(tokens, block_m), fused_splits(tokens, hq)
+    assert scratch.partial.numel() >= _block_words(tokens, hq, dh, block_m)
+    assert splits == 1 or scratch.arrivals.numel() >= hq * blocks
+    rope_prefill_attention_kernel[(hq, blocks, splits)](
         qkv,
         positions,
         token_slot,
@@ -90,13 +136,15 @@ def rope_prefill_attention(
         k_cache,
         v_cache,
         out,
+        scratch.partial,
+        scratch.arrivals,
         tokens,
         scale * math.log2(math.e),
         SLOT_STRIDE=slots.stride,
         HQ=hq,
         HKV=hkv,
         DH=dh,
-        BLOCK_D=max(16, next_power_of_two(dh)),  # 16: the least that a matrix product takes
+        BLOCK_D=_block_d(dh),
         BLOCK_H=max(16, next_power_of_two(dh // 2)),
         PAGE=page,
         WINDOW=window,
@@ -105,6 +153,8 @@ def rope_prefill_attention(
         PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
         WIDEN=qkv.dtype == torch.bfloat16 and interpreting(),
         STAGES=stages,
+        SPLITS=splits,
+        MIN_KEYS=_MIN_KEYS_PER_SPLIT,
         num_warps=warps,
         **pdl_options(tokens),
     )

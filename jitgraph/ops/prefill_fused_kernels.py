@@ -5,6 +5,9 @@ the cache, so no program reads a cell that another writes in the same launch, an
 A program's own tokens are loaded, rotated and appended once, and are the first keys it attends to (the diagonal): each
 row sees at least itself there, so its maximum is finite ever after. Softmax runs in base 2; source of its online form:
 Dao, "FlashAttention-2" (2023).
+
+Where several programs share a block of queries, the first does all this, each takes its part of the context, and the
+last to arrive adds their sums in their order.
 """
 
 from __future__ import annotations
@@ -13,8 +16,12 @@ import triton
 import triton.language as tl
 
 from jitgraph.jit.kernel import kernel
+from jitgraph.ops.attention_decode_kernels import last_to_arrive
 from jitgraph.ops.attention_kernels import cell_offsets, dot, load_pages, load_vectors
 from jitgraph.ops.pdl import enter
+
+_NOTHING_SEEN = tl.constexpr(-1e30)
+"""The maximum of a row that has seen no key yet: finite, and below that of any that has."""
 
 
 @triton.jit
@@ -123,20 +130,62 @@ def attend_cache(
     return m, total, acc
 
 
+@triton.jit
+def exchange(
+    acc, m, total, partial, counter, tile, split, active,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Leaves one split's sums [M, D], maxima and totals [M] in the workspace; whether it is the last to do so. That one
+    gets the sums and totals of all."""
+    SIZE: tl.constexpr = BLOCK_M * (BLOCK_D + 2)
+    r = tl.arange(0, BLOCK_M)
+    sums = r[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    base = partial + tile * SPLITS * SIZE
+    mine = base + split * SIZE
+    tl.store(mine + sums, acc)
+    tl.store(mine + BLOCK_M * BLOCK_D + r, m)
+    tl.store(mine + BLOCK_M * (BLOCK_D + 1) + r, total)
+    last = last_to_arrive(counter, active)
+    if last:
+        m = tl.full([BLOCK_M], _NOTHING_SEEN, tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for one in range(0, active):
+            at = base + one * SIZE
+            part = tl.load(at + sums, cache_modifier=".cg")
+            part_m = tl.load(at + BLOCK_M * BLOCK_D + r, cache_modifier=".cg")
+            part_total = tl.load(at + BLOCK_M * (BLOCK_D + 1) + r, cache_modifier=".cg")
+            m_new = tl.maximum(m, part_m)
+            before = tl.exp2(m - m_new)
+            now = tl.exp2(part_m - m_new)
+            acc = acc * before[:, None] + part * now[:, None]
+            total = total * before + part_total * now
+            m = m_new
+    return last, acc, total
+
+
 @kernel
 def rope_prefill_attention_kernel(
-    qkv, positions, token_slot, slots, cos_sin, k_cache, v_cache, out, tokens, scale_log2,
+    qkv, positions, token_slot, slots, cos_sin, k_cache, v_cache, out, partial, arrivals, tokens, scale_log2,
     SLOT_STRIDE: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_H: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr, MIN_KEYS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     enter(PDL)
+    start = tl.load(positions)
+    split = tl.program_id(2)
+    active = tl.minimum(tl.maximum(tl.cdiv(start, MIN_KEYS), 1), SPLITS)
+    if SPLITS > 1:  # noqa: SIM102 - decided when the kernel is compiled
+        if split >= active:
+            return
     WIDTH: tl.constexpr = (HQ + 2 * HKV) * DH
     GROUP: tl.constexpr = HQ // HKV
     dtype: tl.constexpr = qkv.dtype.element_ty
     head = tl.program_id(0)
     kv_head = head // GROUP
-    first_row = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M  # the longest rows first
+    block = tl.num_programs(1) - 1 - tl.program_id(1)  # the longest rows first
+    first_row = block * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
     inside = rows < tokens
     keys = qkv + (HQ + kv_head) * DH
@@ -145,7 +194,6 @@ def rope_prefill_attention_kernel(
     # What no other load must come before goes out first.
     position = tl.load(positions + rows, mask=inside, other=0)
     row_slot = tl.load(token_slot + rows, mask=inside, other=0)
-    start = tl.load(positions)
     slot = tl.load(token_slot)
     live = tl.load(token_slot + first_row) == slot  # padding comes last: else there is nothing else in the block
     q1, q2 = load_halves(qkv + head * DH, rows * WIDTH, inside, DH, BLOCK_H)
@@ -154,6 +202,8 @@ def rope_prefill_attention_kernel(
     cos, sin = load_halves(cos_sin, position * DH, inside, DH, BLOCK_H)
     real = inside & (row_slot == slot)
     appended = real & (head % GROUP == 0)  # the first query head of a group writes the KV head that they share
+    if SPLITS > 1:
+        appended = appended & (split == 0)
     page = load_pages(slots + slot * SLOT_STRIDE, position, appended, PAGE)
 
     q1, q2 = rotate(q1, q2, cos, sin)
@@ -174,7 +224,7 @@ def rope_prefill_attention_kernel(
     begin = 0
     if WINDOW > 0:
         begin = tl.maximum(first_row - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
-    stop = tl.where(live, first_row, 0)
+    stop = tl.where(live & (split == 0), first_row, 0)
     n = begin + tl.arange(0, BLOCK_N)
     a, b, next_cos, next_sin, next_v = load_block(
         keys, values, cos_sin, start, n, stop, WIDTH, DH, BLOCK_D, BLOCK_H
@@ -184,8 +234,12 @@ def rope_prefill_attention_kernel(
     visible = rows[None, :] <= rows[:, None]
     if WINDOW > 0:
         visible = visible & (rows[:, None] - rows[None, :] < WINDOW)
+    if SPLITS > 1:
+        visible = visible & (split == 0)
     s = tl.where(visible, half_scores(q1, q2, k1, k2, PRECISION, WIDEN), float("-inf"))
     m = tl.max(s, 1)
+    if SPLITS > 1:
+        m = tl.maximum(m, _NOTHING_SEEN)
     p = tl.exp2(s - m[:, None])
     total = tl.sum(p, 1)
     acc = dot(p.to(dtype), v, PRECISION, WIDEN)
@@ -199,9 +253,22 @@ def rope_prefill_attention_kernel(
         if WINDOW > 0:
             low = tl.maximum(start + first_row - WINDOW + 1, 0)
         words, high = slots + slot * SLOT_STRIDE, tl.where(live, start, 0)
+        if SPLITS > 1:
+            first = low // BLOCK_N * BLOCK_N
+            share = tl.cdiv(tl.cdiv(start - first, BLOCK_N), active) * BLOCK_N
+            low = tl.maximum(low, first + split * share)
+            high = tl.minimum(high, first + (split + 1) * share)
         m, total, acc = attend_cache(
             q1, q2, m, total, acc, k_cache, v_cache, words, kv_head, start + rows, low, high,
             HKV, DH, BLOCK_D, BLOCK_H, PAGE, WINDOW, BLOCK_N, PRECISION, WIDEN, STAGES,
         )  # fmt: skip
+    delivers = inside
+    if SPLITS > 1:  # noqa: SIM102
+        if active > 1:
+            tile = block * HQ + head
+            last, acc, total = exchange(
+                acc, m, total, partial, arrivals + tile, tile, split, active, BLOCK_M, BLOCK_D, SPLITS
+            )  # fmt: skip
+            delivers = delivers & last
     result = tl.where(real[:, None], acc * (1.0 / total)[:, None], 0.0)
-    store_vectors(out, (rows * HQ + head) * DH, result.to(dtype), inside, DH)
+    store_vectors(out, (rows * HQ + head) * DH, result.to(dtype), delivers, DH)

@@ -1,9 +1,11 @@
 """The fastest cuBLASLt algorithm for each product of a model, measured once per device and kept on disk.
 
 What torch gets from cuBLAS is often not its fastest for a prompt (``docs/log.md`` has the figures). The measurement
-goes over the matrices of several layers, as a step does, so that no cache is warmer than there. Its result lies in the
-disk cache, so that a device has the same bits from one start to the next; where the cache cannot be written, another
-start may choose otherwise, and rounding may differ.
+goes over the matrices of several layers, as a step does, so that no cache is warmer than there. At some counts, tiles,
+clusters and splits near the library's proposals are tried as well, and the best of these at all counts.
+
+The result lies in the disk cache, so that a device has the same bits from one start to the next; where the cache cannot
+be written, another start may choose otherwise, and rounding may differ.
 """
 
 from __future__ import annotations
@@ -11,8 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -29,12 +30,23 @@ _GRAIN = 8
 160 tokens is bad at 150."""
 WORKSPACE_BYTES = 32 * 2**20
 """What cuBLAS itself has on this hardware."""
-_FORMAT = 1
+_SEARCHED_EVERY = 32
+"""Tokens between two counts at which the neighbourhood of the library's proposals is searched, which takes longest."""
+_POOL = 6
+"""Best algorithms of that many searched counts are tried at a count, the nearest ones."""
+_TILES_AROUND = 3
+_SEARCH_ROUNDS = 2
+_SEARCH_GAIN = 0.005
+_FORMAT = 2
 _CANDIDATES = 8  # the library knows no more for these shapes
 _SPLITS = (2, 3, 4)
 _SPLIT_FIRST = 3  # how many of the candidates are also tried with their sum split
 _FINALISTS = 3
-_SCREEN_LAYERS, _FINAL_LAYERS, _FINAL_ROUNDS = 6, 16, 3
+_SCREEN_LAYERS, _FINAL_LAYERS = 6, 16
+_LEAST_ROUNDS, _MOST_ROUNDS = 3, 12
+_AGREE = 0.01
+"""The two fastest rounds of everything that is compared must be as close as this, as a share: the device may have other
+work, and what is chosen beside it would stay on disk."""
 _LEAST_GAIN = 0.02
 """Share of torch's time that an algorithm must save: measurements scatter by about half of this."""
 _HEAD_START_CYCLES = 400_000  # the host launches all before the device begins
@@ -150,63 +162,129 @@ class _Tuning:
     def measure(self, progress: Progress) -> Codes:
         """Measures every shape at every point."""
         codes: Codes = {}
-        done, total = 0, len(self._matrices) * len(self._points)
+        searched = [tokens for tokens in self._points if tokens % _SEARCHED_EVERY == 0]
+        done, total = 0, len(self._matrices) * (len(self._points) + len(searched))
         for shape, matrices in self._matrices.items():
+            pool: dict[int, str] = {}
+            for tokens in searched:
+                found = self._bench(shape, matrices, tokens).search()
+                if found is not None:
+                    pool[tokens] = found.code.hex()
+                done += 1
+                progress(done, total)
             for tokens in self._points:
-                best = self._best(shape, matrices, tokens)
+                near = sorted(pool, key=lambda other, here=tokens: abs(other - here))[:_POOL]  # type: ignore[misc]
+                best = self._bench(shape, matrices, tokens).best([pool[other] for other in near])
                 if best is not None:
                     codes[_name(shape, tokens)] = best.code.hex()
                 done += 1
                 progress(done, total)
         return codes
 
-    def _best(self, shape: ProductShape, matrices: Sequence[torch.Tensor], tokens: int) -> Algorithm | None:
-        """The fastest algorithm; None where torch is as fast, or nearly."""
+    def _bench(self, shape: ProductShape, matrices: Sequence[torch.Tensor], tokens: int) -> _Bench:
         product = self._product(shape, tokens)
-        x = torch.randn(tokens, shape.k, device=self._device).to(self._dtype)
-        out = torch.zeros(tokens, shape.n, device=self._device, dtype=self._dtype)
-        candidates = product.candidates(_CANDIDATES, WORKSPACE_BYTES)
-        if not candidates:
-            return None
-        splits = [product.split(one, parts) for one in candidates[:_SPLIT_FIRST] for parts in _SPLITS]
-        candidates += [one for one in splits if one is not None and one.workspace <= WORKSPACE_BYTES]
-        candidates = list(dict.fromkeys(candidates))
+        return _Bench(product, shape.add, tokens, matrices, self._workspace, self._stream)
 
-        def launch(algorithm: Algorithm, weight: torch.Tensor) -> None:
-            product.launch(x, weight, out, shape.add, algorithm, self._workspace, self._stream)
 
-        def time(algorithm: Algorithm, layers: int) -> float:
-            return _time_us(partial(launch, algorithm), matrices[:layers], out)
+class _Bench:
+    """Algorithms of one shape and count against each other, and against torch."""
 
-        def by_torch(weight: torch.Tensor) -> None:
-            if shape.add:
-                torch.addmm(out, x, weight.t(), out=out)
-            else:
-                torch.mm(x, weight.t(), out=out)
+    def __init__(
+        self,
+        product: Product,
+        add: bool,
+        tokens: int,
+        matrices: Sequence[torch.Tensor],
+        workspace: torch.Tensor,
+        stream: int,
+    ) -> None:
+        n, k = matrices[0].shape
+        like = matrices[0]
+        self._product = product
+        self._add = add
+        self._matrices = matrices
+        self._workspace = workspace
+        self._stream = stream
+        self._x = torch.randn(tokens, k, device=like.device).to(like.dtype)
+        self._out = torch.zeros(tokens, n, device=like.device, dtype=like.dtype)
 
-        screened = sorted((time(one, _SCREEN_LAYERS), index) for index, one in enumerate(candidates))
-        finalists = [candidates[index] for us, index in screened[:_FINALISTS] if us < math.inf]
-        finalists = [one for one in finalists if self._right(product, x, matrices[0], out, one)]
+    def best(self, codes: Iterable[str]) -> Algorithm | None:
+        """The fastest of the library's proposals and of ``codes``; None where torch is as fast, or nearly."""
+        others = [self._product.checked(bytes.fromhex(code)) for code in codes]
+        candidates = self._fitting([*self._proposed(), *(one for one in others if one is not None)])
+        ranked = self._ranked(candidates)[:_FINALISTS]
+        finalists = [one for _, one in ranked if self._right(one)]
         if not finalists:
             return None
-        rounds = [
-            [_time_us(by_torch, matrices[:_FINAL_LAYERS], out), *(time(one, _FINAL_LAYERS) for one in finalists)]
-            for _ in range(_FINAL_ROUNDS)
-        ]
-        torch_us, *others = (min(times) for times in zip(*rounds, strict=True))
-        fastest = min(range(len(others)), key=others.__getitem__)
-        return finalists[fastest] if others[fastest] < torch_us * (1 - _LEAST_GAIN) else None
+        rounds: list[list[float]] = []
+        while len(rounds) < _LEAST_ROUNDS or (len(rounds) < _MOST_ROUNDS and not _agree(rounds)):
+            rounds.append([self._torch_us(), *(self._us(one, _FINAL_LAYERS) for one in finalists)])
+        torch_us, *times = (min(one) for one in zip(*rounds, strict=True))
+        fastest = min(range(len(times)), key=times.__getitem__)
+        return finalists[fastest] if times[fastest] < torch_us * (1 - _LEAST_GAIN) else None
 
-    def _right(
-        self, product: Product, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, algorithm: Algorithm
-    ) -> bool:
+    def search(self) -> Algorithm | None:
+        """The fastest of those that differ step by step from the best of the proposals; None where there are none."""
+        ranked = self._ranked(self._fitting(self._proposed()))
+        if not ranked:
+            return None
+        numbers = {tile for _, one in ranked if (tile := self._product.tile(one)) is not None}
+        tiles = sorted({tile + by for tile in numbers for by in range(-_TILES_AROUND, _TILES_AROUND + 1)})
+        best = ranked[0][1]
+        best_us = self._us(best, _FINAL_LAYERS)
+        for _ in range(_SEARCH_ROUNDS):
+            before = best
+            for neighbours in self._product.neighbours(best, tiles):
+                for us, one in self._ranked(self._fitting(neighbours))[:1]:
+                    if us < best_us and (again := self._us(one, _FINAL_LAYERS)) < best_us * (1 - _SEARCH_GAIN):
+                        best, best_us = one, again
+            if best is before:
+                break
+        return best
+
+    def _proposed(self) -> list[Algorithm]:
+        candidates = self._product.candidates(_CANDIDATES, WORKSPACE_BYTES)
+        splits = [self._product.split(one, parts) for one in candidates[:_SPLIT_FIRST] for parts in _SPLITS]
+        return candidates + [one for one in splits if one is not None]
+
+    def _fitting(self, algorithms: Iterable[Algorithm]) -> list[Algorithm]:
+        return list(dict.fromkeys(one for one in algorithms if one.workspace <= WORKSPACE_BYTES))
+
+    def _ranked(self, algorithms: Iterable[Algorithm]) -> list[tuple[float, Algorithm]]:
+        """Those that run, by a first look at their time."""
+        timed = [(self._us(one, _SCREEN_LAYERS), one) for one in algorithms]
+        return sorted((each for each in timed if each[0] < math.inf), key=lambda each: each[0])
+
+    def _us(self, algorithm: Algorithm, layers: int) -> float:
+        def launch(weight: torch.Tensor) -> None:
+            self._product.launch(self._x, weight, self._out, self._add, algorithm, self._workspace, self._stream)
+
+        return _time_us(launch, self._matrices[:layers], self._out)
+
+    def _torch_us(self) -> float:
+        def launch(weight: torch.Tensor) -> None:
+            if self._add:
+                torch.addmm(self._out, self._x, weight.t(), out=self._out)
+            else:
+                torch.mm(self._x, weight.t(), out=self._out)
+
+        return _time_us(launch, self._matrices[:_FINAL_LAYERS], self._out)
+
+    def _right(self, algorithm: Algorithm) -> bool:
         """Whether the algorithm gives what torch gives but for rounding."""
-        product.launch(x, weight, out, False, algorithm, self._workspace, self._stream)
-        expected = torch.mm(x, weight.t())
+        weight = self._matrices[0]
+        self._product.launch(self._x, weight, self._out, False, algorithm, self._workspace, self._stream)
+        expected = torch.mm(self._x, weight.t())
         scale = expected.abs().max().float()
-        wrong = (out - expected).abs().max().float()
-        out.zero_()
+        wrong = (self._out - expected).abs().max().float()
+        self._out.zero_()
         return bool(wrong <= 2e-2 * scale)
+
+
+def _agree(rounds: Sequence[Sequence[float]]) -> bool:
+    """Whether what was fastest once was nearly so a second time, for each that takes part."""
+    best = (sorted(one)[:2] for one in zip(*rounds, strict=True))
+    return all(second <= first * (1 + _AGREE) for first, second in best)
 
 
 def _time_us(launch: Callable[[torch.Tensor], None], matrices: Sequence[torch.Tensor], out: torch.Tensor) -> float:

@@ -24,10 +24,11 @@ class ProductShape(NamedTuple):
     add: bool
 
 
-class LinearScratch(NamedTuple):
-    """Workspace of products whose sum is split over programs.
+class SplitScratch(NamedTuple):
+    """Workspace of ops whose sums are split over programs: products, and attention of a chunk behind a long context.
 
-    ``partial``: float32, at least ``linear.partial_words``. ``arrivals``: int32, zero between launches.
+    ``partial``: float32, at least ``linear.partial_words`` and ``prefill_fused.partial_words``. ``arrivals``: int32,
+    zero between launches.
     """
 
     partial: torch.Tensor
@@ -35,7 +36,7 @@ class LinearScratch(NamedTuple):
 
 
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, scratch: LinearScratch
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, scratch: SplitScratch
 ) -> None:
     """out = x @ weight.T (+ bias); x ``[T, K]``, weight ``[N, K]``, bias ``[N]``, out ``[T, N]``."""
     del scratch
@@ -46,7 +47,7 @@ def linear(
 
 
 def row_by_row(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, scratch: LinearScratch
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, scratch: SplitScratch
 ) -> None:
     """``linear`` one row at a time, each in tensors of its own, so that the bits of a row depend neither on how many
     there are nor on where it lies: libraries also choose by alignment."""
@@ -69,7 +70,7 @@ def norm_linear(
     bias: torch.Tensor | None,
     normed: torch.Tensor,
     out: torch.Tensor,
-    scratch: LinearScratch,
+    scratch: SplitScratch,
     product: Product = linear,
 ) -> None:
     """residual += pending, if any; out = rms_norm(residual) @ weight.T (+ bias).
@@ -86,7 +87,7 @@ def linear_add(
     bias: torch.Tensor | None,
     hidden: torch.Tensor,
     residual: torch.Tensor,
-    scratch: LinearScratch,
+    scratch: SplitScratch,
     product: Product = linear,
 ) -> torch.Tensor | None:
     """residual += x @ weight.T (+ bias), now or at the next norm: returns what is still to be added, or None.
@@ -108,7 +109,7 @@ def norm_gated(
     normed: torch.Tensor,
     gate_up: torch.Tensor,
     activated: torch.Tensor,
-    scratch: LinearScratch,
+    scratch: SplitScratch,
     product: Product = linear,
 ) -> None:
     """residual += pending, if any; activated = silu(gate) * up, [gate, up] = rms_norm(residual) @ weight.T (+ bias).

@@ -10,6 +10,7 @@ import torch
 
 from jitgraph.ops.reference import Rope, rope_append
 from jitgraph.ops.reference_attention import prefill_attention
+from jitgraph.ops.reference_linear import SplitScratch
 from jitgraph.ops.slots import SlotTable
 
 JOINED_TOKENS = 160
@@ -27,11 +28,12 @@ def rope_prefill_attention(
     scale: float,
     window: int,
     out: torch.Tensor,
+    scratch: SplitScratch,
 ) -> None:
     """``rope_append`` without norms, then ``prefill_attention``, for a chunk of ONE sequence (that of token 0).
 
     qkv ``[T, (Hq + 2 Hkv) Dh]``; positions, token_slot int32 ``[T]``; caches ``[N, G, Hkv, Dh]``; out ``[T, Hq, Dh]``.
-    Token t of the sequence stands at positions[0] + t; padding tokens come last.
+    Token t of the sequence stands at positions[0] + t; padding tokens come last. Nothing is split here.
     """
     q = torch.empty_like(out)
     rope_append(qkv, None, None, 0.0, positions, token_slot, slots, rope, k_cache, v_cache, q)

@@ -133,25 +133,31 @@ class KernelWorkspace(NamedTuple):
     score_words: int = 1
     """float32 words of scratch per row of ``score``."""
     split_sums: int = 1
-    """float32 words for products whose sum is split."""
+    """float32 words for ops whose sum is split."""
     split_arrivals: int = 1
     """int32 words for the same."""
 
 
-def kernel_workspace(ops: Ops, max_model_len: int, kv_heads: int, vocab_size: int, outputs: int) -> KernelWorkspace:
-    """The workspace of the chosen ops for a context, a vocabulary, and products of up to ``outputs`` columns."""
+def kernel_workspace(
+    ops: Ops, max_model_len: int, heads: tuple[int, int, int], vocab_size: int, outputs: int
+) -> KernelWorkspace:
+    """The workspace of the chosen ops for a context, a vocabulary, and products of up to ``outputs`` columns.
+
+    ``heads``: query heads, KV heads, elements of each.
+    """
     if ops.flavour == "torch":
         return KernelWorkspace()
+    from jitgraph.ops import linear, prefill_fused
     from jitgraph.ops.attention import decode_splits
-    from jitgraph.ops.linear import arrival_words, partial_words
     from jitgraph.ops.sampling import score_words, scratch_words
 
+    query_heads, kv_heads, dh = heads
     return KernelWorkspace(
         decode_splits(max_model_len, kv_heads),
         scratch_words(vocab_size),
         score_words(vocab_size),
-        partial_words(outputs),
-        arrival_words(outputs),
+        max(linear.partial_words(outputs), prefill_fused.partial_words(query_heads, dh)),
+        max(linear.arrival_words(outputs), prefill_fused.arrival_words(query_heads)),
     )
 
 

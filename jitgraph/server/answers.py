@@ -39,6 +39,10 @@ class Plan:
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
     skip_special_tokens: bool = True
+    include_stop: bool = False
+    """The stop string that ends an answer is part of its text."""
+    timeout_s: float = 0.0
+    """What the engine may take for it; 0 is any time."""
     no_tokens: bool = False
     """The prompt alone is wanted: the one token that the engine generates is not shown."""
 
@@ -76,14 +80,20 @@ class Answer:
         self._no_tokens = plan.no_tokens
         self._silent = eos if not plan.skip_special_tokens and not params.ignore_eos else frozenset[int]()
         self._text = IncrementalDetokenizer(
-            tokenizer, prompt[-PROMPT_TAIL:], params.stop, params.min_tokens, plan.skip_special_tokens
+            tokenizer,
+            prompt[-PROMPT_TAIL:],
+            params.stop,
+            params.min_tokens,
+            plan.skip_special_tokens,
+            plan.include_stop,
         )
 
     def take(self, news: Tokens, now_ns: int) -> Delta:
         """Adds what the engine says.
 
         Raises:
-            ApiError: 503; the engine ended the request without a reason of the request's own.
+            ApiError: 500; the answer could not be kept to its form. 503; the engine ended the request without a reason
+                of the request's own.
         """
         self.record.take(news, now_ns)
         delta = Delta(prompt_logprobs=news.prompt_logprobs)
@@ -115,6 +125,8 @@ class Answer:
         delta.text = texts[0] if len(texts) == 1 else "".join(texts)
 
     def _end(self, reason: str, of_engine: str | None) -> None:
+        if reason == FinishReason.FAILED.value:
+            raise _form_lost()
         if reason not in (FinishReason.STOP.value, FinishReason.LENGTH.value):
             raise ApiError(503, "the engine has withdrawn this request", None, f"request_{reason}", 1.0)
         self.finish_reason = self.record.finish_reason = reason
@@ -156,8 +168,9 @@ class Answers:
         wire = replace(params, stop=(), seed=seed_of_answer(params.seed, nth)) if params.stop or nth else params
         noted = record.begin(len(ids))
         source = link.submit(
-            ids, wire, salt=self.plan.salt, prompt_logprobs=self.plan.prompt_logprobs, grammar=self.plan.grammar
-        )
+            ids, wire, salt=self.plan.salt, prompt_logprobs=self.plan.prompt_logprobs, grammar=self.plan.grammar,
+            timeout_s=self.plan.timeout_s,
+        )  # fmt: skip
         self.all.append(Answer(index, ids, self.plan, params, tokenizer, eos, source, noted))
 
     async def _pump(self, answer: Answer) -> None:
@@ -215,13 +228,26 @@ class Answers:
         """Tokens so far."""
         prompt = sum(len(ids) for ids in self.plan.prompts)
         completion = sum(answer.completion_tokens for answer in self.all)
-        cached = sum(answer.record.cached_tokens for answer in self.all[:: self.plan.n])
-        return Usage(
-            prompt_tokens=prompt,
-            completion_tokens=completion,
-            total_tokens=prompt + completion,
-            prompt_tokens_details=PromptDetails(cached_tokens=cached),
-        )
+        return _usage(prompt, completion, sum(answer.record.cached_tokens for answer in self.all[:: self.plan.n]))
+
+    def usage_of(self, index: int) -> Usage:
+        """Tokens of one answer and its prompt so far."""
+        answer = self.all[index]
+        return _usage(len(answer.prompt), answer.completion_tokens, answer.record.cached_tokens)
+
+
+def _usage(prompt: int, completion: int, cached: int) -> Usage:
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=prompt + completion,
+        prompt_tokens_details=PromptDetails(cached_tokens=cached),
+    )
+
+
+def _form_lost() -> ApiError:
+    why = "following the schema or grammar went over the engine's limits in the middle of the answer: use a simpler one"
+    return ApiError(500, why, None, "grammar_failed")
 
 
 def _no_end() -> ApiError:

@@ -12,18 +12,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jitgraph.ipc.messages import EngineFacts, Ready, StartPhase
+from jitgraph.ipc.messages import Ready
+from jitgraph.server.client_base import APPEAR_S, READY_S, ModelClient, Wishes, as_listener
 from jitgraph.server.client_link import Link
+from jitgraph.server.client_records import submit_frame
 from jitgraph.server.client_text import ModelText, RemoteLive, request_frame
 from jitgraph.stream import Stream, StreamChunk
-from jitgraph.text.prompts import Prompt, as_params, as_prompts
-from jitgraph.text.tokenizer import Tokenizer
+from jitgraph.text.prompts import Prompt
 from jitgraph.types import Grammar, Request, RequestOutput, SamplingParams
-
-APPEAR_S = 5.0
-"""How long a client waits for an engine to listen at all."""
-READY_S = 600.0
-"""How long it waits for one that listens to be ready."""
 
 
 class ClientStream(Stream):
@@ -60,16 +56,17 @@ class ClientStream(Stream):
             self._link.abandon(self._live)
 
 
-class Client:
+class Client(ModelClient):
     """A connection to the engine process that listens at ``path`` (``jitgraph engine MODEL --socket PATH``).
 
     Several threads may share one client: each hands its requests over at once, and of those who wait for tokens one
     reads for all. A thread that is alone waits in the socket itself. Where the connection ends, running requests end
-    with ``EngineGone``, and the next request tries to connect anew.
+    with ``EngineGone``, and the next call connects anew, to an engine that was started again meanwhile.
 
     ``progress(phase, done, total)`` hears about an engine that is still starting. ``appear_s`` is how long to wait for
     somebody to listen, ``timeout_s`` for the engine to be ready, both in seconds. ``spin_s`` is for how long after the
-    last news a thread that waits polls without sleeping: tokens come a little earlier, for a busy core.
+    last news a thread that waits polls without sleeping: tokens come earlier, for a busy core. Its default is 20 ms
+    where the engine has a GPU and this machine four cores, else 0.
 
     Raises:
         EngineGone: nobody listens there, the engine ended before it was ready, or time ran out.
@@ -83,15 +80,11 @@ class Client:
         progress: Callable[[str, int, int], None] | None = None,
         timeout_s: float = READY_S,
         appear_s: float = APPEAR_S,
-        spin_s: float = 0.0,
+        spin_s: float | None = None,
     ) -> None:
+        super().__init__()
         self._link = Link(Path(path), as_listener(progress), timeout_s, appear_s, spin_s)
-        self._text = ModelText(self.facts)
-
-    @property
-    def facts(self) -> EngineFacts:
-        """What the engine says about itself and its model."""
-        return self.ready.facts
+        self._model_text = ModelText(self.facts)
 
     @property
     def ready(self) -> Ready:
@@ -99,17 +92,8 @@ class Client:
         return self._link.ready
 
     @property
-    def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer.
-
-        Raises:
-            CheckpointError: the checkpoint has none; prompts of token ids work all the same.
-        """
-        return self._text.tokenizer
-
-    def default_params(self) -> SamplingParams:
-        """The model's own sampling settings (``generation_config.json``); greedy where it has none."""
-        return self.facts.default_params
+    def _text(self) -> ModelText:
+        return self._model_text
 
     def generate(
         self,
@@ -118,29 +102,30 @@ class Client:
         *,
         grammar: Grammar | None = None,
         prompt_logprobs: int | None = None,
+        timeout_s: float | None = None,
     ) -> list[RequestOutput]:
         """Answers every prompt, in order; arguments and results are those of ``LLM.generate``. Times are what this
         process sees: TTFT is from handing over the token ids to the first token here.
 
+        ``timeout_s``: seconds from the call that all of it may take; the engine then ends what is not done.
+
         Raises:
             RequestError, CapacityError: a prompt that cannot be answered; the others are cancelled.
-            RequestRefused: the engine is overloaded, or takes no new requests.
+            RequestRefused: the engine is overloaded, takes no new requests, or was not done in time (``kind``).
             EngineGone: the engine process is gone.
         """
-        batch = as_prompts(prompts)
-        each = as_params(params, len(batch), self.default_params())
-        encoded = [(self._text.encode(prompt), one) for prompt, one in zip(batch, each, strict=True)]
-        lives = [self._make(ids, one, time.perf_counter_ns(), grammar, prompt_logprobs) for ids, one in encoded]
+        wishes = Wishes(grammar, prompt_logprobs, timeout_s, time.perf_counter_ns())
+        encoded = self._encode(prompts, params)
+        lives = [self._live(ids, one, wishes, time.perf_counter_ns()) for ids, one in encoded]
         waiting, running = deque(lives), list[RemoteLive]()
-        at_once = 2 * self.facts.max_streams  # so many that the engine always has the next one
         mailbox = lives[0].mailbox
         for live in lives:
             live.mailbox, live.whole = mailbox, True
         try:
             while waiting or running:
-                while waiting and len(running) < at_once:
+                while waiting and len(running) < self._at_once:
                     running.append(waiting.popleft())
-                    self._hand_over(running[-1])
+                    self._hand_over(running[-1], wishes)
                 self._link.wait(mailbox)
                 mailbox.news = False
                 failed = next((live.error for live in running if live.error is not None), None)
@@ -159,34 +144,40 @@ class Client:
         *,
         grammar: Grammar | None = None,
         prompt_logprobs: int | None = None,
+        timeout_s: float | None = None,
     ) -> ClientStream:
         """Answers one prompt token by token, as ``LLM.stream``. The request is handed over at the call; what the engine
-        finds wrong with it comes out of the first ``next``, as the errors of ``generate``.
+        finds wrong with it comes out of the first ``next``, as the errors of ``generate``. ``timeout_s``: see there.
 
         Raises:
             RequestError, CheckpointError: a prompt that cannot be sent.
             EngineGone: the engine process is gone.
         """
-        started = time.perf_counter_ns()
+        started_ns = time.perf_counter_ns()
         params = params or self.default_params()
-        live = self._make(self._text.encode(prompt), params, started, grammar, prompt_logprobs)
-        self._hand_over(live)
+        plain = grammar is None and prompt_logprobs is None and timeout_s is None and not params.stop
+        if plain and type(prompt) is list and set(map(type, prompt)) == {int}:
+            live = self._fire(prompt, params, started_ns)
+        else:
+            wishes = Wishes(grammar, prompt_logprobs, timeout_s, started_ns)
+            live = self._live(self._text.encode(prompt), params, wishes, started_ns)
+            self._hand_over(live, wishes)
         return ClientStream(self._link, live)
 
-    def _make(
-        self,
-        ids: tuple[int, ...],
-        params: SamplingParams,
-        started_ns: int,
-        grammar: Grammar | None,
-        prompt_logprobs: int | None,
-    ) -> RemoteLive:
-        number = self._link.next_id()
-        request = Request(number, ids, params, grammar=grammar, prompt_logprobs=prompt_logprobs)
-        return self._text.live(request, started_ns)
+    def _fire(self, ids: list[int], params: SamplingParams, started_ns: int) -> RemoteLive:
+        """The same for ids with nothing besides, where little more than packing them comes before the sending: a thread
+        that has slept runs all it does for the first time, and slowly."""
+        number = next(self._ids)
 
-    def _hand_over(self, live: RemoteLive) -> None:
-        self._link.submit(live, request_frame(live.request))
+        def book() -> RemoteLive:
+            return self._text.live(Request(number, tuple(ids), params), started_ns)
+
+        live = self._link.fire(number, submit_frame(number, ids, params), book)
+        live.make_text()
+        return live
+
+    def _hand_over(self, live: RemoteLive, wishes: Wishes) -> None:
+        self._link.submit(live, request_frame(live.request, wishes.left_s))
         live.make_text()  # the engine is at work meanwhile
 
     def stats(self) -> dict[str, Any]:
@@ -207,10 +198,3 @@ class Client:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def as_listener(progress: Callable[[str, int, int], None] | None) -> Callable[[StartPhase], None] | None:
-    """``progress`` as the connection calls it."""
-    if progress is None:
-        return None
-    return lambda news: progress(news.phase, news.done, news.total)

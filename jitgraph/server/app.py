@@ -54,12 +54,12 @@ def create_app(
         backend: whoever runs the engine.
         settings: names, keys, caps, hooks.
         load_tokenizer: how the tokenizer of an engine's model is found; by default in the checkpoint's folder.
-        routes: more of them; they stand behind the API key too, the files of the page to try the model aside.
+        routes: more of them, which stand behind the API key too.
     """
     service = Service(backend, settings, TextSource(settings, load_tokenizer))
     app = Starlette(
         routes=[*_routes(service), *routes],
-        middleware=[Middleware(Gate, settings=settings, open_paths=_open_paths(routes))],
+        middleware=[Middleware(Gate, settings=settings, browser_paths=_page_paths(routes))],
         exception_handlers={HTTPException: _http_error, Exception: _defect},
         lifespan=_lifespan(service),
     )
@@ -67,8 +67,8 @@ def create_app(
     return app
 
 
-def _open_paths(routes: Sequence[BaseRoute]) -> list[str]:
-    return [route.path for route in routes if isinstance(route, Route) and route.path in page.OPEN_PATHS]
+def _page_paths(routes: Sequence[BaseRoute]) -> list[str]:
+    return [route.path for route in routes if isinstance(route, Route) and route.path in page.FILE_PATHS]
 
 
 def _routes(service: Service) -> list[Route]:

@@ -8,23 +8,21 @@ only.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jitgraph.errors import ConfigError
-from jitgraph.ipc.messages import EngineFacts, Ready
-from jitgraph.server.api_client import APPEAR_S, READY_S, as_listener
+from jitgraph.ipc.messages import Ready
 from jitgraph.server.client import EngineClient, EngineStream
-from jitgraph.server.client_errors import RequestRefused, user_error
+from jitgraph.server.client_base import APPEAR_S, READY_S, ModelClient, Wishes, as_listener, check_same_model
+from jitgraph.server.client_errors import EngineGone, RequestRefused, user_error
 from jitgraph.server.client_link import SILENT_S
 from jitgraph.server.client_text import ModelText, RemoteLive, take_record, wire_grammar
 from jitgraph.stream import StreamChunk
-from jitgraph.text.prompts import Prompt, as_params, as_prompts
-from jitgraph.text.tokenizer import Tokenizer
-from jitgraph.types import FinishReason, Grammar, Request, RequestOutput, SamplingParams
+from jitgraph.text.prompts import Prompt
+from jitgraph.types import FinishReason, Grammar, RequestOutput, SamplingParams
 
 
 class AsyncStream:
@@ -34,8 +32,10 @@ class AsyncStream:
     request at the engine.
     """
 
-    def __init__(self, source: EngineStream, live: RemoteLive) -> None:
+    def __init__(self, live: RemoteLive, source: EngineStream | None, later: Callable[[], Awaitable[EngineStream]]):
+        """``later`` sends the request where there is no ``source`` yet: the connection has to be made anew first."""
         self._source = source
+        self._later = later
         self._live = live
         self._closed = False
 
@@ -52,12 +52,15 @@ class AsyncStream:
 
     async def _advance(self) -> None:
         """Waits for the next record and takes it in."""
+        source = self._source
+        if source is None:
+            source = self._source = await self._later()
         try:
-            record = await self._source.__anext__()
+            record = await source.__anext__()
         except RequestRefused as error:
             raise user_error(error) from None
         if take_record(self._live, record, time.perf_counter_ns()):
-            self._source.cancel()
+            source.cancel()
 
     async def finish(self) -> RequestOutput:
         """Reads the rest; everything at the end, as ``generate`` gives it. Chunks not taken yet are gone."""
@@ -76,7 +79,8 @@ class AsyncStream:
         """Cancels the request if it still runs. May be called more than once."""
         if not self._closed:
             self._closed = True
-            self._source.cancel()
+            if self._source is not None:
+                self._source.cancel()
             if self._live.finish_reason is None:
                 self._live.finish_reason = FinishReason.CANCELLED
 
@@ -87,12 +91,12 @@ class AsyncStream:
         self.close()
 
 
-class AsyncClient:
+class AsyncClient(ModelClient):
     """A connection to the engine process that listens at ``path``: ``async with AsyncClient(path) as client``, or
     ``await client.connect()`` before and ``await client.close()`` after use.
 
-    Arguments are those of ``Client``. Where the connection ends, running requests end with ``EngineGone``; ``connect``
-    makes it anew.
+    Arguments are those of ``Client``. Where the connection ends, running requests end with ``EngineGone``, and the next
+    call connects anew, to an engine that was started again meanwhile; after ``close`` only ``connect`` does.
     """
 
     def __init__(
@@ -103,12 +107,14 @@ class AsyncClient:
         timeout_s: float = READY_S,
         appear_s: float = APPEAR_S,
     ) -> None:
+        super().__init__()
         self._path = Path(path)
         self._listener = as_listener(progress)
         self._limits = (timeout_s, appear_s)
-        self._ids = itertools.count(1)
+        self._connecting = asyncio.Lock()
         self._engine: EngineClient | None = None
         self._model_text: ModelText | None = None
+        self._closed = False
 
     async def connect(self) -> AsyncClient:
         """Connects, or connects anew where the connection has ended; returns once the engine is ready.
@@ -117,13 +123,40 @@ class AsyncClient:
             EngineGone: nobody listens there, the engine ended before it was ready, or time ran out.
             ConfigError: the path is no socket of one of this user's engines, or the engine is of another version.
         """
-        if self._engine is None or self._engine.closed.is_set():
-            timeout_s, appear_s = self._limits
-            self._engine = await EngineClient.connect(
-                self._path, self._listener, timeout_s, appear_s=appear_s, silence_s=SILENT_S
-            )
-            self._model_text = ModelText(self._engine.facts)
+        self._closed = False
+        await self._connect(self._limits[1])
         return self
+
+    async def _connect(self, appear_s: float) -> EngineClient:
+        """The connection, made if there is none."""
+        async with self._connecting:
+            engine = self._engine
+            if engine is None or engine.closed.is_set():
+                engine = await EngineClient.connect(
+                    self._path, self._listener, self._limits[0], appear_s=appear_s, silence_s=SILENT_S
+                )
+                self._engine, self._model_text = engine, ModelText(engine.facts)
+            return engine
+
+    async def _current(self) -> EngineClient:
+        """The connection, made anew if it has ended.
+
+        Raises:
+            EngineGone: it has, and nobody serves the same model there now.
+        """
+        engine = self._connected
+        if not engine.hung_up:
+            return engine
+        await engine.closed.wait()
+        before, reason = engine.facts, str(engine.gone)
+        if self._closed:
+            raise EngineGone(reason)
+        try:
+            engine = await self._connect(0.0)
+        except EngineGone as error:
+            raise EngineGone(f"{reason}; {error.reason}") from None
+        check_same_model(self._path, before, engine.facts, reason)
+        return engine
 
     @property
     def _connected(self) -> EngineClient:
@@ -137,27 +170,9 @@ class AsyncClient:
         return self._model_text
 
     @property
-    def facts(self) -> EngineFacts:
-        """What the engine says about itself and its model."""
-        return self._connected.facts
-
-    @property
     def ready(self) -> Ready:
         """How long the engine's start took, by phase."""
         return self._connected.ready
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer.
-
-        Raises:
-            CheckpointError: the checkpoint has none; prompts of token ids work all the same.
-        """
-        return self._text.tokenizer
-
-    def default_params(self) -> SamplingParams:
-        """The model's own sampling settings (``generation_config.json``); greedy where it has none."""
-        return self.facts.default_params
 
     async def generate(
         self,
@@ -166,23 +181,18 @@ class AsyncClient:
         *,
         grammar: Grammar | None = None,
         prompt_logprobs: int | None = None,
+        timeout_s: float | None = None,
     ) -> list[RequestOutput]:
-        """Answers every prompt, in order; see ``Client.generate``.
-
-        Raises:
-            RequestError, CapacityError: a prompt that cannot be answered; the others are cancelled.
-            RequestRefused: the engine is overloaded, or takes no new requests.
-            EngineGone: the engine process is gone.
-        """
-        batch = as_prompts(prompts)
-        each = as_params(params, len(batch), self.default_params())
-        requests = [(self._text.encode(prompt), one) for prompt, one in zip(batch, each, strict=True)]
+        """Answers every prompt, in order; see ``Client.generate``, whose errors are raised."""
+        wishes = Wishes(grammar, prompt_logprobs, timeout_s, time.perf_counter_ns())
+        await self._current()
+        requests = self._encode(prompts, params)
         started = time.perf_counter_ns()
-        room = asyncio.Semaphore(2 * self.facts.max_streams)  # so many that the engine always has the next one
+        room = asyncio.Semaphore(self._at_once)
 
         async def answer(ids: tuple[int, ...], one: SamplingParams) -> RequestOutput:
             async with room:
-                return await self._send(ids, one, started, grammar, prompt_logprobs).finish()
+                return await self._send(self._live(ids, one, wishes, started), wishes).finish()
 
         tasks = [asyncio.ensure_future(answer(ids, one)) for ids, one in requests]
         try:
@@ -199,35 +209,41 @@ class AsyncClient:
         *,
         grammar: Grammar | None = None,
         prompt_logprobs: int | None = None,
+        timeout_s: float | None = None,
     ) -> AsyncStream:
         """Answers one prompt token by token: ``async for chunk in client.stream(prompt)``. The request is handed over
-        at the call; what the engine finds wrong with it comes out of the first step of the iteration, as the errors of
-        ``generate``.
+        at the call, or with the first step of the iteration where the connection must be made anew before; what the
+        engine finds wrong with it comes out of that step, as the errors of ``Client.generate``.
 
         Raises:
             RequestError, CheckpointError: a prompt that cannot be sent.
-            EngineGone: the engine process is gone.
         """
-        started = time.perf_counter_ns()
-        ids = self._text.encode(prompt)
-        return self._send(ids, params or self.default_params(), started, grammar, prompt_logprobs)
+        wishes = Wishes(grammar, prompt_logprobs, timeout_s, time.perf_counter_ns())
+        params = params or self.default_params()
+        return self._send(self._live(self._text.encode(prompt), params, wishes, wishes.started_ns), wishes)
 
-    def _send(
-        self,
-        ids: tuple[int, ...],
-        params: SamplingParams,
-        started_ns: int,
-        grammar: Grammar | None,
-        prompt_logprobs: int | None,
-    ) -> AsyncStream:
-        request = Request(next(self._ids), ids, params, grammar=grammar, prompt_logprobs=prompt_logprobs)
-        live, wire = self._text.live(request, started_ns), wire_grammar(request)
+    def _send(self, live: RemoteLive, wishes: Wishes) -> AsyncStream:
+        async def later() -> EngineStream:
+            return self._submit(await self._current(), live, wishes)
+
+        engine = self._connected
+        source = None if engine.hung_up else self._submit(engine, live, wishes)
+        live.make_text()  # the engine is at work meanwhile
+        return AsyncStream(live, source, later)
+
+    @staticmethod
+    def _submit(engine: EngineClient, live: RemoteLive, wishes: Wishes) -> EngineStream:
+        request = live.request
         try:
-            source = self._connected.submit(ids, params, prompt_logprobs=prompt_logprobs, grammar=wire)
+            return engine.submit(
+                request.prompt_token_ids,
+                request.params,
+                prompt_logprobs=request.prompt_logprobs,
+                grammar=wire_grammar(request),
+                timeout_s=wishes.left_s,
+            )
         except RequestRefused as error:
             raise user_error(error) from None
-        live.make_text()  # the engine is at work meanwhile
-        return AsyncStream(source, live)
 
     async def stats(self) -> dict[str, Any]:
         """The engine's counters since it was ready.
@@ -235,11 +251,12 @@ class AsyncClient:
         Raises:
             EngineGone: the engine process is gone.
         """
-        return await self._connected.stats()
+        return await (await self._current()).stats()
 
     async def close(self) -> None:
         """Ends the connection, and with it what is running; the engine process lives on. May be called more than
         once."""
+        self._closed = True
         if self._engine is not None:
             await self._engine.close()
 

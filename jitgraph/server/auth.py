@@ -1,7 +1,13 @@
-"""API keys: who may ask, compared in constant time. Pure."""
+"""API keys: who may ask, compared in constant time. Pure.
+
+A key comes as ``Authorization: Bearer KEY``, or as the password of ``Basic`` with any name, which is what a browser
+asks its user for and then sends by itself.
+"""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hmac
 import secrets
 from collections.abc import Sequence
@@ -11,7 +17,6 @@ from jitgraph.server.openai.errors import ApiError
 
 ANONYMOUS = "anonymous"
 """The name of callers where no key is wanted."""
-_SCHEME = b"bearer "
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,28 @@ class Keys:
         """
         if not self._callers:
             return Caller(ANONYMOUS, "")
-        given = b""
-        if authorization is not None and authorization[: len(_SCHEME)].lower() == _SCHEME:
-            given = authorization[len(_SCHEME) :].strip()
+        given = _key_in(authorization or b"")
         digest = self._digest(given)
         found = [caller for own, caller in self._callers if hmac.compare_digest(own, digest)]
         if not found:
             what = "the API key is wrong" if given else "an API key is needed: send it as Authorization: Bearer KEY"
             raise ApiError(401, what, None, "invalid_api_key")
         return found[0]
+
+
+def is_basic(authorization: bytes | None) -> bool:
+    """Whether the header is of the kind that browsers send without being asked each time."""
+    return authorization is not None and authorization[:6].lower() == b"basic "
+
+
+def _key_in(authorization: bytes) -> bytes:
+    """The key in an ``Authorization`` header; empty where there is none."""
+    scheme, _, rest = authorization.partition(b" ")
+    if scheme.lower() == b"bearer":
+        return rest.strip()
+    if scheme.lower() != b"basic":
+        return b""
+    try:
+        return base64.b64decode(rest.strip(), validate=True).partition(b":")[2]
+    except binascii.Error:
+        return b""

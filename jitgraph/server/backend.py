@@ -50,8 +50,9 @@ class EngineLink(Protocol):
         salt: str = "",
         prompt_logprobs: int | None = None,
         grammar: Grammar | None = None,
+        timeout_s: float = 0.0,
     ) -> TokenSource:
-        """Hands a request over."""
+        """Hands a request over; the engine ends it after ``timeout_s``, 0 never."""
 
     async def stats(self) -> dict[str, Any]:
         """Counters of the engine."""

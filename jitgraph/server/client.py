@@ -173,6 +173,11 @@ class EngineClient:
         return self._channel.closed
 
     @property
+    def hung_up(self) -> bool:
+        """Whether the engine's end is closed; ``closed`` is set as soon as the event loop has seen to it."""
+        return self._channel.hung_up
+
+    @property
     def gone(self) -> str | None:
         """Why the connection has ended; None while it has not."""
         return self._channel.gone
@@ -185,8 +190,10 @@ class EngineClient:
         salt: str = "",
         prompt_logprobs: int | None = None,
         grammar: Grammar | None = None,
+        timeout_s: float = 0.0,
     ) -> EngineStream:
         """Sends a request. Stop strings in ``params`` mean nothing to the engine: its client looks for them.
+        ``timeout_s``: seconds from its arrival after which the engine ends it; 0 never.
 
         Raises:
             RequestError: ids that cannot be sent. What else is wrong with a request comes out of the stream.
@@ -194,8 +201,8 @@ class EngineClient:
             EngineGone: the connection has ended.
         """
         self._last_id = request_id = self._last_id + 1
-        self._channel.write(submit_frame(request_id, ids, params, salt, prompt_logprobs, grammar))
-        inbox = self._channel.inboxes[request_id] = Inbox()
+        self._channel.write(submit_frame(request_id, ids, params, salt, prompt_logprobs, grammar, timeout_s))
+        inbox = self._channel.expect(request_id)
         return EngineStream(self._channel, request_id, inbox)
 
     async def stats(self) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """One asyncio connection to an engine process: bytes in, each request's records to its own inbox.
 
 Runs on one event loop (asyncio's or uvloop's). A record goes from the loop's read callback straight to the future its
-reader waits on; there is no task in between. Always holds: an inbox keeps a bounded number of records for a reader that
-does not come, and never holds up another; a connection that ends tells every inbox.
+reader waits on; there is no task in between. While an answer is awaited the loop polls, where there are cores for it,
+because to be woken takes longer than most of what it does (``polling.py``). Always holds: an inbox keeps a bounded
+number of records for a reader that does not come, and never holds up another; a connection that ends tells every inbox.
 """
 
 from __future__ import annotations
 
 import asyncio
+import select
 import time
 from collections import deque
 from collections.abc import Callable
@@ -29,8 +31,9 @@ from jitgraph.ipc.messages import (
     Welcome,
 )
 from jitgraph.ipc.sockets import MAX_UNSENT_BYTES
+from jitgraph.polling import FOR_AN_ANSWER_S, polling_s
 from jitgraph.server.client_errors import EngineGone, RequestRefused, refusal
-from jitgraph.server.client_records import CLOSED, check_tokens, hello, welcomed
+from jitgraph.server.client_records import CLOSED, check_tokens, hello, loss, welcomed
 
 MAX_UNREAD = 2**17
 """Tokens (and alternatives to them) that may wait for the reader of one request before it is ended."""
@@ -104,6 +107,10 @@ class Channel(asyncio.Protocol):
         self._welcome: Ready | None = None
         """What the greeting of an engine that was ready said; ``Ready`` says more and follows, or else a beat."""
         self._transport: asyncio.Transport | None = None
+        self._polling_ns = 0
+        """For how long after the last news the loop is kept awake."""
+        self._awake = False
+        self._asked_ns = 0
 
     # ------------------------------------------------------------------------------------------- called by the loop
 
@@ -122,15 +129,17 @@ class Channel(asyncio.Protocol):
                 else:
                     self._other(record)
         except ProtocolError as error:
-            self.fail(f"the engine process does not keep to the protocol: {error}")
+            self.fail(loss(error))
         except Exception as error:  # the greeting went wrong, or the listener of the start raised
             if not self.started.done():
                 self.started.set_exception(error)
             self.fail(str(error))
+        if self.inboxes:
+            self._stay_awake()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The end of it."""
-        self.fail(CLOSED if exc is None else f"the connection to the engine process is lost: {exc}")
+        self.fail(CLOSED)
 
     # -------------------------------------------------------------------------------------------------------- records
 
@@ -173,6 +182,7 @@ class Channel(asyncio.Protocol):
 
     def _start(self, ready: Ready) -> None:
         self.ready, self._welcome = ready, None
+        self._polling_ns = int(polling_s(None, ready.facts.device, FOR_AN_ANSWER_S) * 1e9)
         if not self.started.done():
             self.started.set_result(None)
             if self._silence_s is not None:
@@ -189,7 +199,38 @@ class Channel(asyncio.Protocol):
         else:
             self.loop.call_later(self._silence_s / 4, self._watch)
 
+    # --------------------------------------------------------------------------------------------------------- polling
+
+    def _stay_awake(self) -> None:
+        if self._polling_ns and not self._awake:
+            self._awake = True
+            self.loop.call_soon(self._poll)
+
+    def _poll(self) -> None:
+        """A callback that is due at once keeps the loop from sleeping."""
+        since_ns = time.perf_counter_ns() - max(self.last_seen_ns, self._asked_ns)
+        if self.inboxes and since_ns < self._polling_ns:
+            self.loop.call_soon(self._poll)
+        else:
+            self._awake = False
+
     # ------------------------------------------------------------------------------------------- called by the client
+
+    def expect(self, request_id: int) -> Inbox:
+        """Where the records of a request that has just been sent will come in."""
+        self._asked_ns = time.perf_counter_ns()
+        self._stay_awake()
+        inbox = self.inboxes[request_id] = Inbox()
+        return inbox
+
+    @property
+    def hung_up(self) -> bool:
+        """Whether the other side has closed its end, as far as the kernel knows."""
+        if self.gone is not None or self._transport is None:
+            return True
+        poller = select.poll()
+        poller.register(self._transport.get_extra_info("socket").fileno(), 0)
+        return bool(poller.poll(0))
 
     def check(self) -> None:
         """A connection that can be used.

@@ -17,8 +17,9 @@ class EngineGone(JitgraphError):
 class RequestRefused(JitgraphError):
     """A request that the engine did not run.
 
-    ``kind`` is one of ``request``, ``capacity``, ``overloaded``, ``draining`` and ``internal``; ``retry_after_s`` says
-    when it may be tried again, 0 where that is of no use.
+    ``kind`` is one of ``request``, ``capacity``, ``overloaded``, ``draining``, ``deadline`` (it was not done in the
+    time it was given, and may have been begun) and ``internal``; ``retry_after_s`` says when it may be tried again, 0
+    where that is of no use.
     """
 
     def __init__(self, kind: str, message: str, retry_after_s: float = 0.0) -> None:

@@ -8,7 +8,6 @@ as cancelled, so that no record is ever lost unseen.
 
 from __future__ import annotations
 
-import itertools
 import select
 import threading
 import time
@@ -16,39 +15,37 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from socket import SHUT_RDWR, socket
+from socket import SHUT_RDWR
 from typing import Any
 
 from jitgraph.errors import ConfigError, JitgraphError
 from jitgraph.idle import IdleThread
-from jitgraph.ipc.frames import ProtocolError, client_framer, encode
+from jitgraph.ipc.frames import ProtocolError, encode
 from jitgraph.ipc.messages import (
     AskStats,
-    Beat,
     Cancel,
     FromEngine,
     Goodbye,
     Message,
-    Ready,
     Refused,
     StartPhase,
     Stats,
     Tokens,
-    Welcome,
 )
 from jitgraph.ipc.sockets import Connection
-from jitgraph.ipc.sockets import connect as connect_socket
+from jitgraph.polling import FOR_AN_ANSWER_S, polling_s
+from jitgraph.server.client_base import check_same_model
 from jitgraph.server.client_channel import MAX_UNREAD
 from jitgraph.server.client_errors import EngineGone, RequestRefused, refusal, user_error
 from jitgraph.server.client_handoff import Handoff, Mailbox
-from jitgraph.server.client_records import check_path, check_tokens, hello, nobody_there, welcomed
+from jitgraph.server.client_opening import Opened, open_connection
+from jitgraph.server.client_records import check_tokens, loss
 from jitgraph.server.client_text import RemoteLive, take_record
 from jitgraph.types import FinishReason
 
 SILENT_S = 10.0
 """For how long an engine that is ready may say nothing; it beats several times a second."""
 _TICK_S = 1.0
-_LOOK_AGAIN_S = 0.02
 
 
 class Answer:
@@ -74,12 +71,11 @@ class Link:
         on_start: Callable[[StartPhase], None] | None,
         timeout_s: float,
         appear_s: float,
-        spin_s: float = 0.0,
+        spin_s: float | None = None,
     ) -> None:
         self._path = path
         self._on_start = on_start
         self._timeout_s = timeout_s
-        self._ids = itertools.count(1)
         self._sending = threading.Lock()
         """Held while something is sent, never while somebody waits for the engine's answer."""
         self._state = threading.Lock()
@@ -87,77 +83,52 @@ class Link:
         self._requests: dict[int, RemoteLive] = {}
         self._answers: deque[Answer] = deque()
         self._abandoned: deque[RemoteLive] = deque()
+        self._unbooked = 0
+        """A request that has been sent and is about to be registered."""
         self._closed = False
         self._gone: str | None = None
         self._quiet_s = 0.0
-        self._spin_s = spin_s
-        self._connection, self._socket, self._poller, self.ready = self._open(appear_s)
+        self._take_over(open_connection(path, on_start, timeout_s, appear_s))
+        self._spin_s = polling_s(spin_s, self.ready.facts.device, FOR_AN_ANSWER_S)
         self._handoff = Handoff(self._read)
         self._keeper = IdleThread(self._keep)
         self._keeper.wake()
 
     # --------------------------------------------------------------------------------------------------------- opening
 
-    def _open(self, appear_s: float) -> tuple[Connection[FromEngine], socket, select.poll, Ready]:
-        deadline = time.monotonic() + self._timeout_s
-        connected = _find(self._path, min(deadline, time.monotonic() + appear_s))
-        try:
-            connection = Connection(connected, client_framer())
-            poller = select.poll()
-            poller.register(connected, select.POLLIN)
-            connection.send_frame(hello("client"))
-            return connection, connected, poller, self._greet(connection, poller, deadline)
-        except ProtocolError as error:
-            connected.close()
-            raise EngineGone(f"the engine process was not ready: {error}") from None
-        except BaseException:
-            connected.close()
-            raise
-
-    def _greet(self, connection: Connection[FromEngine], poller: select.poll, deadline: float) -> Ready:
-        ready: Ready | None = None
-        while True:
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                raise EngineGone(f"the engine process was not ready after {self._timeout_s:g} s")
-            if not poller.poll(left_s * 1e3):
-                continue
-            for record in connection.receive():
-                if isinstance(record, Ready):
-                    return record
-                if isinstance(record, Beat) and ready is not None:
-                    return ready
-                if isinstance(record, Welcome):
-                    ready = welcomed(record)
-                elif isinstance(record, StartPhase) and self._on_start is not None:
-                    self._on_start(record)
-                elif isinstance(record, Goodbye):
-                    raise EngineGone(record.reason)
-
     def _revive(self) -> None:
         """Connects anew if the connection has ended. The caller holds ``_sending``."""
         if self._closed:
             raise ConfigError(f"this client of {self._path} has been closed: make a new one")
+        self._look_for_its_end()
         if self._gone is None:
             return
         before, reason = self.ready.facts, self._gone
         try:
-            connection, connected, poller, ready = self._open(0.0)
+            opened = open_connection(self._path, self._on_start, self._timeout_s, 0.0)
         except EngineGone as error:
             raise EngineGone(f"{reason}; {error.reason}") from None
-        now = ready.facts
-        if (now.model, now.folder, now.vocab_size) != (before.model, before.folder, before.vocab_size):
-            connected.close()
-            raise EngineGone(f"{reason}; now {now.model} is served at {self._path}: make a new client")
+        try:
+            check_same_model(self._path, before, opened.ready.facts, reason)
+        except EngineGone:
+            opened.connection.close()
+            raise
         with self._state:
-            self._connection, self._socket, self._poller, self.ready = connection, connected, poller, ready
+            self._take_over(opened)
             self._gone, self._quiet_s = None, 0.0
 
-    # -------------------------------------------------------------------------------------------------------- requests
+    def _take_over(self, opened: Opened) -> None:
+        self._connection, self._socket, self._poller, self.ready = opened
+        self._hangs_up = select.poll()
+        self._hangs_up.register(opened.connected, 0)
 
-    def next_id(self) -> int:
-        """A request id that was not used before."""
-        return next(self._ids)
+    def _look_for_its_end(self) -> None:
+        """While nothing runs nobody reads, so an engine that has ended may not have been noticed yet."""
+        while self._gone is None and not self._requests and not self._answers and self._hangs_up.poll(0):
+            if not self._handoff.read_if_free(lambda: self._read(0.0)):
+                return  # whoever reads finds out
+
+    # -------------------------------------------------------------------------------------------------------- requests
 
     def submit(self, live: RemoteLive, frame: bytes) -> None:
         """Registers a request and sends its frame.
@@ -171,6 +142,38 @@ class Link:
             self._register(live)
             self._send(frame)
             self._drop_abandoned()
+
+    def fire(self, request_id: int, frame: bytes, book: Callable[[], RemoteLive]) -> RemoteLive:
+        """``submit`` for a first token that somebody waits for: the frame goes first, and ``book`` makes the request's
+        books while the engine is at work.
+
+        Raises:
+            EngineGone, ConfigError: as ``submit``.
+        """
+        with self._sending:
+            self._revive()
+            self._unbooked = request_id
+            try:
+                self._send(frame)
+                try:
+                    live = book()
+                    self._register(live)
+                except BaseException:  # interrupted: nobody would read it
+                    with suppress(EngineGone):
+                        self._send(encode(Cancel(request_id)))
+                    raise
+            finally:
+                self._unbooked = 0
+            self._drop_abandoned()
+        return live
+
+    def _find(self, request_id: int) -> RemoteLive | None:
+        """A request's books, which whoever has sent it may be making just now."""
+        live = self._requests.get(request_id)
+        if live is None and request_id == self._unbooked:
+            with self._sending:
+                live = self._requests.get(request_id)
+        return live
 
     def _register(self, entry: RemoteLive | Answer) -> None:
         with self._state:
@@ -245,9 +248,10 @@ class Link:
             connection.send_frame(frame)
             if connection.unsent:
                 self._flush(connection)
-        except ProtocolError as error:
-            self._fail(connection, str(error))
-            raise EngineGone(str(error)) from None
+        except (ProtocolError, EngineGone) as error:
+            reason = error.reason if isinstance(error, EngineGone) else loss(error)
+            self._fail(connection, reason)
+            raise EngineGone(reason) from None
         except BaseException:  # interrupted: half a frame may be on its way
             self._fail(connection, "sending was interrupted", cancelled=True)
             raise
@@ -257,7 +261,7 @@ class Link:
         poller.register(connection.fileno(), select.POLLOUT)
         while connection.unsent:
             if not poller.poll(SILENT_S * 1e3):
-                raise ProtocolError(f"the engine process hangs: it has read nothing for {SILENT_S:g} s")
+                raise EngineGone(f"the engine process hangs: it has read nothing for {SILENT_S:g} s")
             connection.flush()
 
     # --------------------------------------------------------------------------------------------------------- reading
@@ -281,7 +285,7 @@ class Link:
             for record in connection.receive():
                 self._take(record)
         except ProtocolError as error:
-            self._fail(connection, str(error))
+            self._fail(connection, loss(error))
         except BaseException:  # interrupted: a record may be lost
             self._fail(connection, "reading was interrupted", cancelled=True)
             raise
@@ -298,8 +302,9 @@ class Link:
         if type(record) is Tokens:
             self._take_tokens(record)
         elif isinstance(record, Refused):
-            live = self._forget(record.request_id)
+            live = self._find(record.request_id)
             if live is not None:
+                self._forget(record.request_id)
                 live.error = user_error(refusal(record))
                 self._handoff.deliver(live.mailbox)
         elif isinstance(record, Stats):
@@ -312,7 +317,7 @@ class Link:
 
     def _take_tokens(self, record: Tokens) -> None:
         check_tokens(record)
-        live = self._requests.get(record.request_id)
+        live = self._find(record.request_id)
         if live is None:
             return  # nobody reads it any more
         stopped = take_record(live, record, time.perf_counter_ns())
@@ -326,9 +331,9 @@ class Link:
         if live.ended or not live.whole:
             self._handoff.deliver(live.mailbox)
 
-    def _forget(self, request_id: int) -> RemoteLive | None:
+    def _forget(self, request_id: int) -> None:
         with self._state:
-            return self._requests.pop(request_id, None)
+            self._requests.pop(request_id, None)
 
     def _tell(self, message: Message) -> None:
         with self._sending, suppress(EngineGone):
@@ -372,17 +377,3 @@ class Link:
         self._closed = True
         self._fail(self._connection, "this client has been closed", cancelled=True)
         self._keeper.stop()
-
-
-def _find(path: Path, deadline: float) -> socket:
-    """A socket connected to the engine at ``path``; waits until somebody listens."""
-    check_path(path)
-    while True:
-        try:
-            return connect_socket(path, 0.0)
-        except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
-            if time.monotonic() >= deadline:
-                raise EngineGone(nobody_there(path)) from None
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be connected to: {error.strerror}") from None
-        time.sleep(_LOOK_AGAIN_S)

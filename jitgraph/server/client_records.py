@@ -12,6 +12,7 @@ from pathlib import Path
 from jitgraph.errors import ConfigError, RequestError
 from jitgraph.ipc.frames import ProtocolError, encode
 from jitgraph.ipc.messages import (
+    MAX_NAME_CHARS,
     PROTOCOL,
     Grammar,
     Hello,
@@ -22,16 +23,18 @@ from jitgraph.ipc.messages import (
     pack_ids,
     pack_params,
 )
-from jitgraph.ipc.sockets import MAX_PATH_BYTES
+from jitgraph.ipc.sockets import MAX_PATH_BYTES, PeerGone
 from jitgraph.types import FinishReason, SamplingParams
 
 FINISH_REASONS = {reason.value: reason for reason in FinishReason}
-CLOSED = "the engine process has closed the connection"
+CLOSED = "the engine process has closed the connection without a word: it crashed or was killed, see its output"
+"""One that ends in any other way says goodbye first."""
 
 
 def hello(name: str) -> bytes:
-    """The first frame of a connection."""
-    return encode(Hello(PROTOCOL, f"{name} (process {os.getpid()})"))
+    """The first frame of a connection; of a name, as much as goes into it."""
+    process = f" (process {os.getpid()})"
+    return encode(Hello(PROTOCOL, name[: MAX_NAME_CHARS - len(process)] + process))
 
 
 def welcomed(record: Welcome) -> Ready | None:
@@ -70,6 +73,7 @@ def submit_frame(
     salt: str = "",
     prompt_logprobs: int | None = None,
     grammar: Grammar | None = None,
+    timeout_s: float = 0.0,
 ) -> bytes:
     """A request as it is sent.
 
@@ -77,12 +81,17 @@ def submit_frame(
         RequestError: ids that are no 32-bit numbers, or too many for a frame.
     """
     try:
-        record = Submit(request_id, pack_ids(ids), pack_params(params), salt, prompt_logprobs, grammar)
-        return encode(record)
+        packed = pack_ids(ids)
+        return encode(Submit(request_id, packed, pack_params(params), salt, prompt_logprobs, grammar, timeout_s))
     except (OverflowError, TypeError):
         raise RequestError("a prompt of token ids must be whole numbers from 0 up, below 2**31") from None
     except ProtocolError as error:
         raise RequestError(f"the prompt is too long to be sent: {error}") from None
+
+
+def loss(error: ProtocolError) -> str:
+    """Why a connection has ended, as its user reads it."""
+    return CLOSED if isinstance(error, PeerGone) else f"the engine process does not keep to the protocol: {error}"
 
 
 def check_path(path: Path) -> None:

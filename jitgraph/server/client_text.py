@@ -106,8 +106,8 @@ def wire_grammar(request: Request) -> WireGrammar | None:
     return None if grammar is None else WireGrammar(grammar.kind, grammar.source)
 
 
-def request_frame(request: Request) -> bytes:
-    """A request as it is sent.
+def request_frame(request: Request, timeout_s: float = 0.0) -> bytes:
+    """A request as it is sent; ``timeout_s`` as in ``Submit``.
 
     Raises:
         RequestError: ids that are no 32-bit numbers, or too many for a frame.
@@ -119,6 +119,7 @@ def request_frame(request: Request) -> bytes:
         request.salt,
         request.prompt_logprobs,
         wire_grammar(request),
+        timeout_s,
     )
 
 

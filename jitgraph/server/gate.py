@@ -12,7 +12,8 @@ from collections.abc import Collection
 from typing import Any
 
 from jitgraph.server import page
-from jitgraph.server.auth import ANONYMOUS, Caller, Keys
+from jitgraph.server.auth import ANONYMOUS, Caller, Keys, is_basic
+from jitgraph.server.cors import Cors
 from jitgraph.server.exchange import Receive, Scope, Send, discard_body
 from jitgraph.server.openai.errors import ApiError
 from jitgraph.server.records import RequestRecord
@@ -24,20 +25,23 @@ LOGGER = logging.getLogger("jitgraph.server")
 
 OPEN_PATHS = ("/health", "/ready")
 """What needs no key."""
-UNRECORDED = ("/health", "/ready", "/metrics", page.STATE_PATH, *page.OPEN_PATHS)
+UNRECORDED = ("/health", "/ready", "/metrics", page.STATE_PATH, *page.FILE_PATHS)
 """Asked for every few seconds by machines, or no work."""
 _NOBODY = Caller(ANONYMOUS, "")
+_ASK_USER = b'Basic realm="jitgraph: any name, the API key as password", charset="UTF-8"'
+_OWN_PAGES = (b"same-origin", b"none")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
 class Gate:
-    """Wraps the whole application; ``open_paths`` need no key either."""
+    """Wraps the whole application. On ``browser_paths`` a browser is told to ask its user for the key."""
 
-    def __init__(self, app: Any, settings: ServerSettings, open_paths: Collection[str] = ()) -> None:
+    def __init__(self, app: Any, settings: ServerSettings, browser_paths: Collection[str] = ()) -> None:
         self._app = app
-        self._open = frozenset((*OPEN_PATHS, *open_paths))
+        self._browser_paths = frozenset(browser_paths)
         self._settings = settings
         self._keys = Keys(settings.api_keys)
+        self._cors = Cors(settings.allowed_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI call."""
@@ -50,18 +54,23 @@ class Gate:
         headers = dict(scope["headers"])
         identity = _request_id(headers.get(b"x-request-id"))
         passage = Passage(RequestRecord(identity.decode(), "other", client=ANONYMOUS), _NOBODY, headers)
-        status = 0
+        status, allowed = 0, self._cors.headers(headers)
 
         async def send_with_id(message: Any) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", identity)]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", identity), *allowed]
             await send(message)
 
         try:
             try:
                 self._check_head(scope)
+                if (preflight := self._cors.preflight(scope["method"], headers)) is not None:
+                    await send({"type": "http.response.start", "status": 204, "headers": preflight})
+                    await send({"type": "http.response.body", "body": b""})
+                    status = 204
+                    return
                 passage.caller = self._caller(scope, headers)
             except ApiError as error:
                 passage.record.error_kind = error.name
@@ -84,9 +93,21 @@ class Gate:
             raise ApiError(431, f"the headers have {size} bytes; {most} are possible", None, "head_too_large")
 
     def _caller(self, scope: Scope, headers: dict[bytes, bytes]) -> Caller:
-        if scope["path"] in self._open:
+        if scope["path"] in OPEN_PATHS:
             return _NOBODY
-        return self._keys.caller(headers.get(b"authorization"))
+        authorization = headers.get(b"authorization")
+        try:
+            caller = self._keys.caller(authorization)
+        except ApiError as error:
+            if scope["path"] in self._browser_paths:
+                error.challenge = _ASK_USER
+            raise
+        site = headers.get(b"sec-fetch-site", b"none")
+        foreign = caller.salt and is_basic(authorization) and site not in _OWN_PAGES
+        if foreign and scope["method"] not in ("GET", "HEAD"):
+            # The browser adds what it knows by itself, whoever made the page that asks.
+            raise ApiError(403, "a page of another site must send the key itself", None, "cross_site")
+        return caller
 
     def _done(self, path: str, passage: Passage, status: int) -> None:
         record, hook = passage.record, self._settings.on_request_done

@@ -6,7 +6,10 @@ Event loop's thread.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
@@ -17,6 +20,9 @@ from jitgraph.server.settings import ServerSettings
 
 BACKLOG = 1024
 KEEP_ALIVE_S = 75
+_LOOK_S = 0.05
+_LAST_S = 2
+"""What answers may still take to end once their connections are cut off: they need a turn of the loop."""
 
 
 class CappedProtocol(HttpToolsProtocol):
@@ -95,9 +101,54 @@ class CappedProtocol(HttpToolsProtocol):
         self.transport.close()
 
 
-def make_server(app: Any, settings: ServerSettings, host: str, port: int, **more: Any) -> uvicorn.Server:
+class HttpServer(uvicorn.Server):
+    """Leaves signals to its process, and ends without a word on standard error, however sudden its end is.
+
+    Connections that are open after ``grace_s``, or when ``force_exit`` is set, are cut off: who answers on them sees
+    the client gone. uvicorn alone would cancel the answers and the application, with a traceback for each.
+    """
+
+    def __init__(self, config: uvicorn.Config, grace_s: float | None) -> None:
+        super().__init__(config)
+        self._grace_s = grace_s
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Captures none."""
+        yield
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        """Ends connections and the application; uvicorn calls it once ``should_exit`` is set."""
+        cutting = asyncio.ensure_future(self._cut_off())
+        await super().shutdown(sockets)
+        if not self.force_exit:
+            cutting.cancel()
+            return
+        await cutting
+        until_s = time.monotonic() + _LAST_S
+        while self.server_state.tasks and time.monotonic() < until_s:
+            await asyncio.sleep(_LOOK_S)
+        await self.lifespan.shutdown()
+
+    async def _cut_off(self) -> None:
+        begun_s = time.monotonic()
+        while not self.force_exit and (self._grace_s is None or time.monotonic() - begun_s < self._grace_s):
+            await asyncio.sleep(_LOOK_S)
+        for connection in list(self.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
+
+
+def make_server(
+    app: Any, settings: ServerSettings, host: str, port: int, *, grace_s: float | None = None, **more: Any
+) -> HttpServer:
     """A server that is not running yet: ``await server.serve(sockets=...)`` runs it. Signals, drain and exit belong to
-    whoever calls; ``more`` goes to ``uvicorn.Config``."""
+    whoever calls.
+
+    Args:
+        grace_s: what open connections have once ``should_exit`` is set; None waits for them.
+        more: for ``uvicorn.Config``.
+    """
     config = uvicorn.Config(
         app,
         host=host,
@@ -112,4 +163,4 @@ def make_server(app: Any, settings: ServerSettings, host: str, port: int, **more
         timeout_keep_alive=KEEP_ALIVE_S,
         **more,
     )
-    return uvicorn.Server(config)
+    return HttpServer(config, grace_s)

@@ -1,8 +1,8 @@
 """The page at ``/`` to try the model in a browser, and ``/page/state``, the engine as it shows it. Event loop's thread.
 
-The page's own files need no API key, for they tell nothing; the state and the model's routes do, and the page asks for
-it. All of it comes from this server: the policy that goes with every file lets the browser fetch nothing else, and run
-no script that stands in a page.
+Where a key is wanted the browser asks its user for it as a password, and sends it with all that the page asks for; the
+page itself asks where the browser has none that fits. All of it comes from this server: the policy that goes with every
+file lets the browser fetch nothing else, and run no script that stands in a page.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _FILES = {
         for name in ("main", "figures", "sse", "store")
     },
 }
-OPEN_PATHS = tuple(_FILES)
-"""What a browser must get before anybody can type a key."""
+FILE_PATHS = tuple(_FILES)
+"""What a browser opens: without a key it is told to ask for one."""
 FRESH_S = 0.5
 """The engine is asked for its counters at most this often, however many pages look."""
 _STATS_TIMEOUT_S = 2.0

@@ -147,7 +147,7 @@ class RequestRecord:
     route: str
     """The route's pattern, such as ``/v1/models/{id}``, never the path that was asked for."""
     model: str = ""
-    """As the client named it."""
+    """As the client named it, or the served one where it named none; empty where the request is about none."""
     client: str = ""
     """Who asked: the name of a key or an address."""
     streamed: bool = False
@@ -195,7 +195,7 @@ class RequestRecord:
             "request_id": _short(self.request_id),
             "client": _short(self.client),
             "route": _short(self.route),
-            "model": _short(self.model),
+            "model": _short(self.model) or None,
             "streamed": self.streamed,
             "status": self.status,
             "error_kind": None if self.error_kind is None else _short(self.error_kind),

@@ -10,17 +10,14 @@ a second one ended it at once.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from socket import socket
-from typing import Any
 
-import uvicorn
 import uvloop
 
 from jitgraph.server.address import bound_socket, check_address, url_of
@@ -33,7 +30,7 @@ from jitgraph.server.records import RequestRecord
 from jitgraph.server.request_log import RequestLog
 from jitgraph.server.runtime_folder import RuntimeFolder
 from jitgraph.server.settings import ServerSettings
-from jitgraph.server.spawn import print_line
+from jitgraph.server.spawn import print_line, threads_for
 from jitgraph.server.supervisor import Supervisor
 from jitgraph.server.supervisor_policy import Limits
 from jitgraph.server.supervisor_pool import EnginePool
@@ -48,7 +45,7 @@ class ServeOptions:
     """What to serve, where and to whom."""
 
     model: str
-    """What the user calls it; the label of metrics."""
+    """What the user calls it."""
     commands: tuple[tuple[str, ...], ...]
     """One engine process each; ``--socket PATH`` is added."""
     host: str = "127.0.0.1"
@@ -64,6 +61,11 @@ class ServeOptions:
     request_log: str | None = "-"
     """File of one JSON line for each request; ``-`` is standard error, None writes none."""
 
+    @property
+    def label(self) -> str:
+        """The model in metrics: by the first name that clients know, as dashboards expect."""
+        return self.settings.served_names[0] if self.settings.served_names else self.model
+
 
 def serve(options: ServeOptions, say: Callable[[str], None] = print_line) -> int:
     """Serves until told to end; the exit code.
@@ -74,7 +76,7 @@ def serve(options: ServeOptions, say: Callable[[str], None] = print_line) -> int
     """
     check_address(options.host, options.settings.api_keys, options.allow_public)
     log = RequestLog(options.request_log) if options.request_log is not None else None
-    metrics = ServerMetrics(options.model, options.metrics_prefix, lambda: log.dropped if log is not None else 0)
+    metrics = ServerMetrics(options.label, options.metrics_prefix, lambda: log.dropped if log is not None else 0)
     try:
         with bound_socket(options.host, options.port) as listener, RuntimeFolder() as folder:
             front = FrontEnd(options, folder.path, listener, metrics, log, say)
@@ -112,9 +114,9 @@ class FrontEnd:
             return await metrics.scrape(self._pool.connected, self._pool.restarts)
 
         settings = replace(options.settings, on_request_done=done, scrape=scrape)
-        more = {"log_level": "warning", "proxy_headers": False, "timeout_graceful_shutdown": HTTP_GRACE_S}
+        more = {"log_level": "warning", "proxy_headers": False}
         app = create_app(self._pool, settings, routes=page_routes(self._pool, settings))
-        self._http = _Server(make_server(app, settings, options.host, options.port, **more).config)
+        self._http = make_server(app, settings, options.host, options.port, grace_s=HTTP_GRACE_S, **more)
         self._signals = 0
         self._exit_code = 0
         self._ending: list[asyncio.Task[None]] = []
@@ -179,17 +181,11 @@ class FrontEnd:
 def supervisors(
     commands: Sequence[Sequence[str]], folder: Path, limits: Limits, say: Callable[[str], None]
 ) -> list[Supervisor]:
-    """One for each engine's command; names and sockets are numbered where there are several."""
+    """One for each engine's command; names and sockets are numbered where there are several, and the cores are divided
+    among them."""
+    threads = threads_for(len(os.sched_getaffinity(0)), len(commands))
     names = ["engine"] if len(commands) == 1 else [f"engine {n}" for n in range(len(commands))]
     return [
-        Supervisor(command, folder / f"engine-{n}.sock", name=name, limits=limits, say=say)
+        Supervisor(command, folder / f"engine-{n}.sock", name=name, limits=limits, say=say, threads=threads)
         for n, (command, name) in enumerate(zip(commands, names, strict=True))
     ]
-
-
-class _Server(uvicorn.Server):
-    """Leaves the signals to the front-end, which has more to end than connections."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[Any]:
-        yield

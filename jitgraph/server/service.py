@@ -66,6 +66,7 @@ class Service:
         self.texts = texts
         self.started = int(time.time())
         self.open_requests = 0
+        self._engine_name = ""
 
     def link(self) -> EngineLink:
         """The engine that takes requests.
@@ -80,7 +81,15 @@ class Service:
 
     def names(self, facts: EngineFacts) -> tuple[str, ...]:
         """Names under which the model can be asked for."""
+        self._engine_name = facts.model
         return self.settings.served_names or (facts.model,)
+
+    @property
+    def model(self) -> str:
+        """What a request that names no model asks for; empty before the first engine, where it has no name of ours."""
+        client = self.backend.client
+        names = self.settings.served_names or ((self._engine_name,) if client is None else self.names(client.facts))
+        return names[0]
 
     async def serving(self, model: str | None) -> Serving:
         """The engine and the texts for a model.
@@ -140,6 +149,8 @@ class Endpoint:
             await self._fail(exchange, internal())
         finally:
             service.open_requests -= self._work
+            if self._work and not record.model:
+                record.model = service.model
             record.error_kind = exchange.error
 
     async def _fail(self, exchange: Exchange, error: ApiError) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from jitgraph.errors import ConfigError
+from jitgraph.ipc.messages import MAX_TIMEOUT_S
+from jitgraph.server.cors import Cors
 from jitgraph.server.records import RequestRecord
 
 SALT_CHARS = 256
@@ -20,13 +22,15 @@ class ServerSettings:
     """What the server does and how much of it.
 
     Raises:
-        ConfigError: a cap below 1, or an empty key or name.
+        ConfigError: a cap below 1, an empty key or name, or what is no origin.
     """
 
     served_names: tuple[str, ...] = ()
     """Names under which clients find the model; the first is the one that answers carry. Empty: the engine's name."""
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     """Any of them opens every route; empty: no key is wanted."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins (``https://host:port``) whose pages may use the server from a browser; ``*`` is any."""
     chat_template: str | None = None
     """Jinja source that takes the place of the checkpoint's own template; never comes from a request."""
     template_variables: frozenset[str] = frozenset({"enable_thinking", "thinking", "reasoning_effort"})
@@ -69,6 +73,8 @@ class ServerSettings:
     max_detokenize_ids: int = 1_000_000
     """Most ids of one ``/detokenize``."""
 
+    request_timeout_s: float | None = None
+    """What the engine may take for one answer, its wait in the queue included; None is any time."""
     body_timeout_s: float = 30.0
     """How long a body may take to arrive."""
     head_timeout_s: float = 15.0
@@ -95,6 +101,9 @@ class ServerSettings:
         for name, value in vars(self).items():
             if isinstance(value, (int, float)) and value <= 0:
                 raise ConfigError(f"{name} must be above 0, not {value}")
+        if self.request_timeout_s is not None and self.request_timeout_s > MAX_TIMEOUT_S:
+            raise ConfigError(f"request_timeout_s must be at most {MAX_TIMEOUT_S:g}, not {self.request_timeout_s}")
+        Cors(self.allowed_origins)
         if any(not key for key in self.api_keys):
             raise ConfigError("an API key is empty: give one with characters, or none at all")
         if any(not name for name in self.served_names):

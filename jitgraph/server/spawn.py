@@ -39,14 +39,16 @@ def print_line(line: str) -> None:
 class EngineProcess:
     """A started process, leader of its own session: a terminal's Ctrl-C reaches its parent alone, which decides."""
 
-    def __init__(self, command: Sequence[str], say: Callable[[str], None]) -> None:
-        """Starts it; ``say`` gets each line of its output, in a thread of its own.
+    def __init__(self, command: Sequence[str], say: Callable[[str], None], threads: int | None = None) -> None:
+        """Starts it; ``say`` gets each line of its output, in a thread of its own. ``threads``: for its work on the
+        CPU, unless the user has said how many; None leaves that to PyTorch.
 
         Raises:
             ConfigError: it cannot be started.
         """
         self._command = list(command)
         self._say = say
+        self._threads = threads
         self._lines: deque[str] = deque(maxlen=TAIL_LINES)
         self._lock = threading.Lock()
         self._callbacks: list[Callable[[], None]] = []
@@ -70,7 +72,7 @@ class EngineProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                env=engine_environment(),
+                env=engine_environment(self._threads),
                 start_new_session=True,
             )
         except OSError as error:
@@ -130,9 +132,16 @@ class EngineProcess:
 
     def terminate(self) -> None:
         """Asks it to end (SIGTERM)."""
+        self._send(signal.SIGTERM)
+
+    def interrupt(self) -> None:
+        """Asks it to end at once, whatever still runs there (SIGINT)."""
+        self._send(signal.SIGINT)
+
+    def _send(self, number: signal.Signals) -> None:
         with self._lock:
             if self.returncode is None:
-                os.kill(self.pid, signal.SIGTERM)
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         """Ends it and all that it started, stopped ones too (SIGKILL)."""
@@ -148,12 +157,23 @@ class EngineProcess:
         return self.wait(grace_s + 10.0)
 
 
-def spawn_engine(command: Sequence[str], socket_path: Path, say: Callable[[str], None] | None = None) -> EngineProcess:
+def spawn_engine(
+    command: Sequence[str], socket_path: Path, say: Callable[[str], None] | None = None, threads: int | None = None
+) -> EngineProcess:
     """Starts ``command --socket PATH``; its output goes line by line to ``say``, by default to standard error.
+    ``threads``: see ``EngineProcess``.
 
     The process ends with this one, however this one ends. It does not see the server's key.
 
     Raises:
         ConfigError: it cannot be started.
     """
-    return EngineProcess([*command, "--socket", str(socket_path)], say or (lambda line: print_line(f"engine: {line}")))
+    say = say or (lambda line: print_line(f"engine: {line}"))
+    return EngineProcess([*command, "--socket", str(socket_path)], say, threads)
+
+
+def threads_for(cores: int, engines: int) -> int:
+    """Threads for the CPU's work of each of several engines that start on one machine. One core is left for the
+    process that serves them: where threads are more than cores, a product waits for whichever is not running, and a
+    step may take a hundred times as long."""
+    return max(1, (cores - 1) // engines)

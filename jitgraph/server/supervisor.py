@@ -58,15 +58,17 @@ class Supervisor:
         name: str = "engine",
         limits: Limits | None = None,
         say: Callable[[str], None] = print_line,
+        threads: int | None = None,
         connect: Callable[..., Awaitable[EngineClient]] = EngineClient.connect,
     ) -> None:
         """``command`` runs an engine process when ``--socket PATH`` is added to it. ``say`` gets a line about each
-        event and, from another thread, each line the engine prints."""
+        event and, from another thread, each line the engine prints. ``threads``: see ``EngineProcess``."""
         self._command = list(command)
         self._path = socket_path
         self.name = name
         self.limits = limits or Limits()
         self._say = say
+        self._threads = threads
         self._connect = connect
         self._budget = RestartBudget(self.limits.restarts, self.limits.window_s)
         self._state: State = "starting"
@@ -165,7 +167,6 @@ class Supervisor:
                 if self._state == "draining":
                     return
                 self.endings[ending.kind] += 1
-                self._tell(ending.reason)
                 if ending.hopeless or not self._budget.take(self._now()):
                     return self._fail(ending)
                 self._state = "restarting"
@@ -191,22 +192,24 @@ class Supervisor:
         self._path.unlink(missing_ok=True)
         self._begun_s = self._now()
         try:
-            process = spawn_engine(self._command, self._path, lambda line: self._say(f"{self.name}: {line}"))
+            process = spawn_engine(
+                self._command, self._path, lambda line: self._say(f"{self.name}: {line}"), self._threads
+            )
         except JitgraphError as error:
-            return Ending("start", str(error), hopeless=True)
+            return self._told(Ending("start", str(error), hopeless=True))
         self._process = process
         exited = asyncio.Event()
         process.on_end(partial(set_from_thread, asyncio.get_running_loop(), exited))
         client: EngineClient | None = None
-        reason = "the server is ending"
+        reason, hangs = "the server is ending", False
         try:
             client = await self._get_ready(process, exited)
             self._serve(client)
-            ending = await self._watch(client, process, exited)
-            reason = f"the engine {ending.reason}"
+            ending = self._told(await self._watch(client, process, exited))
+            reason, hangs = f"the engine {ending.reason}", ending.kind == "hang"
             return ending
         except _EndedEarly as early:
-            return early.ending
+            return self._told(early.ending)
         finally:
             self._client = None
             self._ready.clear()
@@ -214,7 +217,13 @@ class Supervisor:
                 self._state = "restarting"
             if client is not None:  # its streams hear of the end before the process is waited for
                 await client.close(reason)
-            await self._end(process, exited)
+            await self._end(process, exited, process.interrupt if hangs else process.terminate)
+
+    def _told(self, ending: Ending) -> Ending:
+        """Says why an engine ends, before anything is done about it; nothing where that was asked for."""
+        if self._state != "draining":
+            self._tell(ending.reason)
+        return ending
 
     # ------------------------------------------------------------------------------------------------------------ start
 
@@ -280,9 +289,10 @@ class Supervisor:
             return exit_of(process.returncode, process.tail)
         return Ending("lost", "has closed the connection")
 
-    async def _end(self, process: EngineProcess, exited: asyncio.Event) -> None:
-        """Ends the process, if it has not ended: asks, then kills."""
-        for ask, patience_s in ((process.terminate, self.limits.grace_s), (process.kill, _KILLED_S)):
+    async def _end(self, process: EngineProcess, exited: asyncio.Event, first: Callable[[], None]) -> None:
+        """Ends the process, if it has not ended: asks, then kills. ``first``: how it is asked; one that only seemed to
+        hang can then still tell its other clients that it ends."""
+        for ask, patience_s in ((first, self.limits.grace_s), (process.kill, _KILLED_S)):
             if exited.is_set():
                 return
             ask()

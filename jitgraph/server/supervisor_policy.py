@@ -17,6 +17,8 @@ State = Literal["starting", "ready", "restarting", "draining", "stopped", "faile
 ``draining`` once no new requests are taken; ``stopped`` after that; ``failed`` when nothing will be tried any more."""
 USAGE_ERROR = 2
 """Exit status of a command whose settings cannot work: trying again would not help."""
+NOT_FOUND = 127
+"""Exit status where there is no such command: nor would it then."""
 _UNKNOWN_START_S = 10.0
 
 
@@ -134,7 +136,7 @@ def exit_of(status: int | None, printed: str, before_ready: bool = False) -> End
         what = f"was killed by {known.get(-status, f'signal {-status}')}"
     last = printed.rpartition("\n")[2]
     said = f"; its last words: {last}" if last else ""
-    return Ending("exit", what + said, hopeless=before_ready and status == USAGE_ERROR)
+    return Ending("exit", what + said, hopeless=before_ready and status in (USAGE_ERROR, NOT_FOUND))
 
 
 def retry_after_s(state: State, last_start_s: float | None, elapsed_s: float) -> float:

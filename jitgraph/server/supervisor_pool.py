@@ -1,6 +1,6 @@
-"""Several engines behind one front-end: each is supervised alone, requests go to the least busy one that is ready.
+"""Several engines behind one front-end: each is supervised alone, and each request goes to one that is ready.
 
-Event loop's thread. One engine is a pool of one.
+Event loop's thread. One engine is a pool of one, and is talked to directly; ``routing`` says who of several gets what.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from itertools import count
+from typing import Any
 
-from jitgraph.ipc.messages import BEAT_S
-from jitgraph.server.client import EngineClient
+from jitgraph.ipc.messages import BEAT_S, Beat, EngineFacts
+from jitgraph.server.client import EngineClient, EngineStream
+from jitgraph.server.routing import Candidate, choose
 from jitgraph.server.supervisor import Supervisor
 from jitgraph.server.supervisor_policy import State
+from jitgraph.types import SamplingParams
 
 SILENT_NS = int(4e9 * BEAT_S)
 """An engine that has said nothing for so long gets requests only where all are so."""
@@ -30,20 +33,35 @@ class EnginePool:
         self._turn = count()
 
     @property
-    def client(self) -> EngineClient | None:
-        """The connection to the least busy engine that is ready, for one request; equals take turns. None while there
-        is none."""
+    def client(self) -> EngineClient | Routed | None:
+        """The engine that is ready, or several of them as one; for one HTTP request. None while there is none."""
         clients = self.clients
         if len(clients) < 2:
             return clients[0] if clients else None
+        return Routed(self, self.least_busy(clients))
+
+    def least_busy(self, clients: Sequence[EngineClient]) -> EngineClient:
+        """The least busy one; equals take turns."""
         shift = next(self._turn) % len(clients)
-        return min(clients[shift:] + clients[:shift], key=load_of)
+        return min([*clients[shift:], *clients[:shift]], key=load_of)
+
+    def route(self, ids: Sequence[int], salt: str) -> EngineClient | None:
+        """Whom a prompt goes to; None where no engine is ready."""
+        ready = self._ready
+        if not ready:
+            return None
+        engines = [Candidate(one.name, *load_of(client)) for one, client in ready]
+        return ready[choose(ids, salt, engines, next(self._turn))][1]
 
     @property
     def clients(self) -> list[EngineClient]:
         """All engines that are ready."""
-        found = (one.client for one in self.supervisors if one.state == "ready")
-        return [client for client in found if client is not None and not client.closed.is_set()]
+        return [client for _, client in self._ready]
+
+    @property
+    def _ready(self) -> list[tuple[Supervisor, EngineClient]]:
+        found = ((one, one.client) for one in self.supervisors if one.state == "ready")
+        return [(one, client) for one, client in found if client is not None and not client.closed.is_set()]
 
     @property
     def state(self) -> State:
@@ -106,6 +124,44 @@ class EnginePool:
     async def stop(self) -> None:
         """Ends all engines at once."""
         await asyncio.gather(*(one.stop() for one in self.supervisors))
+
+
+class Routed:
+    """Several engines with one model as one: an ``EngineLink`` that finds each prompt its engine."""
+
+    def __init__(self, pool: EnginePool, shown: EngineClient) -> None:
+        """``shown``: the engine whose facts, beats and counters are told."""
+        self._pool = pool
+        self._shown = shown
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What an engine says of itself and its model."""
+        return self._shown.facts
+
+    @property
+    def last_beat(self) -> Beat | None:
+        """Its latest sign of life."""
+        return self._shown.last_beat
+
+    @property
+    def last_seen_ns(self) -> int:
+        """``perf_counter_ns`` when anything last came from it."""
+        return self._shown.last_seen_ns
+
+    @property
+    def gone(self) -> str | None:
+        """Why the connection to it has ended; None while it has not."""
+        return self._shown.gone
+
+    def submit(self, ids: Sequence[int], params: SamplingParams, *, salt: str = "", **more: Any) -> EngineStream:
+        """Sends a request to the engine that is best for it. Arguments and errors: see ``EngineClient.submit``."""
+        client = self._pool.route(ids, salt) or self._shown
+        return client.submit(ids, params, salt=salt, **more)
+
+    async def stats(self) -> dict[str, Any]:
+        """Its counters. Raises ``EngineGone``."""
+        return await self._shown.stats()
 
 
 def load_of(client: EngineClient) -> tuple[bool, int]:

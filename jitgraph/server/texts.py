@@ -30,6 +30,8 @@ class Conversation:
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]] | None = None
     add_generation_prompt: bool = True
+    add_special_tokens: bool = False
+    """Those that the tokenizer puts around every text besides; templates write their own."""
     variables: Mapping[str, Any] | None = None
 
 
@@ -77,13 +79,15 @@ class Texts:
             CheckpointError: a template that cannot be compiled, or breaks the sandbox's rules.
         """
 
+        special = conversation.add_special_tokens
+
         def prepare() -> tuple[str, list[int] | None]:
             text = self._render(conversation)
             short = len(text) <= self._settings.inline_chars
-            return text, self.tokenizer.encode(text, add_special_tokens=False) if short else None
+            return text, self.tokenizer.encode(text, special) if short else None
 
         text, ids = await self.in_thread(prepare, self._settings.render_timeout_s)
-        return await self.encode(text, add_special_tokens=False) if ids is None else ids
+        return await self.encode(text, special) if ids is None else ids
 
     def _render(self, conversation: Conversation) -> str:
         if self._own is None:

@@ -40,7 +40,9 @@ class Tokenize:
         exchange.record.model = request.model or ""
         if (request.prompt is None) == (request.messages is None):
             raise bad_request("give either prompt or messages", "prompt", "invalid_value")
-        if request.messages is not None:
+        if request.messages is None:
+            _refuse_chat_fields(request)
+        else:
             check_conversation(request.messages, request.tools, self._service.settings)
         await exchange.while_connected(self._answer(exchange, request))
 
@@ -62,10 +64,16 @@ class Tokenize:
             tools = as_tools(request.tools, caps) or None
             variables = template_variables(request.chat_template_kwargs, None, texts.reads, caps)
             messages = as_messages(request.messages, texts.reads)
-            prompted = request.add_generation_prompt is not False
-            return await texts.encode_chat(Conversation(messages, tools, prompted, variables))
+            prompted, special = request.add_generation_prompt is not False, bool(request.add_special_tokens)
+            return await texts.encode_chat(Conversation(messages, tools, prompted, special, variables))
         except (RequestError, CheckpointError) as error:
             raise from_user_error(error, "prompt" if request.messages is None else "messages") from error
+
+
+def _refuse_chat_fields(request: TokenizeRequest) -> None:
+    for name in ("tools", "add_generation_prompt", "chat_template_kwargs"):
+        if getattr(request, name) is not None:
+            raise bad_request(f"{name} is only possible with messages", name, "invalid_value")
 
 
 class Detokenize:

@@ -37,12 +37,14 @@ class StopScanner:
 
     Args:
         stops: non-empty texts; their order does not matter.
+        include: what ends the text is its last part, instead of no part of it.
 
     Raises:
         RequestError: an empty stop string.
     """
 
-    def __init__(self, stops: Iterable[str]) -> None:
+    def __init__(self, stops: Iterable[str], include: bool = False) -> None:
+        self._include = include
         self._stops = [(stop, _failure_table(stop)) for stop in dict.fromkeys(stops)]
         if any(stop == "" for stop, _ in self._stops):
             raise RequestError("each stop string must be a non-empty text; remove the empty one")
@@ -65,7 +67,7 @@ class StopScanner:
             if completed and armed:
                 self.found = True
                 self._held = ""
-                return buffer[: end - completed]
+                return buffer[: end if self._include else end - completed]
         shown = len(buffer) - max(self._matched)
         self._held = buffer[shown:]
         return buffer[:shown]
@@ -102,6 +104,7 @@ class IncrementalDetokenizer:
         stop: strings that end the text and are not part of it.
         min_tokens: a stop string counts only where its last character came with this token or a later one.
         skip_special_tokens: leave the tokens out that steer the model.
+        include_stop: the stop string that ends the text is its last part.
 
     Raises:
         RequestError: an empty stop string, or a negative id.
@@ -114,10 +117,11 @@ class IncrementalDetokenizer:
         stop: tuple[str, ...] = (),
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
+        include_stop: bool = False,
     ) -> None:
         self._stream = TextStream(tokenizer.pieces, skip_special_tokens)
         self._stream.prime(prompt_ids_tail)
-        self._scanner = StopScanner(stop)
+        self._scanner = StopScanner(stop, include_stop)
         self._min_tokens = min_tokens
         self._tokens = 0
         self._finished = False

@@ -167,6 +167,11 @@ class Tokenizer:
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
     @property
+    def base_vocab_size(self) -> int:
+        """Entries besides those that were added to the finished vocabulary, such as special tokens."""
+        return int(self._backend.get_vocab_size(with_added_tokens=False))
+
+    @property
     def bos_token(self) -> str | None:
         """Text of the token that begins a text, or None."""
         return self.special_tokens.get("bos_token")

@@ -19,6 +19,10 @@ function headers(more) {
   return key ? { Authorization: `Bearer ${key}`, ...more } : { ...more };
 }
 
+function at(path) {
+  return new URL(path, location.origin); // where the page was opened as user:key@host, fetch refuses what has both
+}
+
 async function problem(response) {
   try {
     const { error } = await response.json();
@@ -43,7 +47,7 @@ function showState(text) {
 async function poll() {
   clearTimeout(timer);
   try {
-    const response = await fetch("/page/state", { headers: headers(), cache: "no-store" });
+    const response = await fetch(at("/page/state"), { headers: headers(), cache: "no-store" });
     if (response.status === 401) {
       if (find("key-form").hidden) askKey(key ? await problem(response) : "");
       showState("locked");
@@ -126,7 +130,7 @@ class Answer {
   }
 
   async run(path, body) {
-    const response = await fetch(path, {
+    const response = await fetch(at(path), {
       method: "POST",
       headers: headers({ "Content-Type": "application/json" }),
       body: JSON.stringify(body),

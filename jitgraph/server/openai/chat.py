@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import secrets
-import time
+from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
 from jitgraph.errors import CheckpointError, RequestError
 from jitgraph.ipc.messages import WireLogprobs
-from jitgraph.server.answers import Answer, Answers, Delta, Plan
+from jitgraph.server.answers import Answer, Answers, Delta
 from jitgraph.server.exchange import Exchange
 from jitgraph.server.openai.calls import CallMode, Reader, call_mode
 from jitgraph.server.openai.convert import grammar_of, room_for, sampling_params
-from jitgraph.server.openai.decode import decode, decoder_of
+from jitgraph.server.openai.decode import decoder_of
 from jitgraph.server.openai.errors import bad_request, from_user_error
+from jitgraph.server.openai.generation import Generation, Prepared, Writer, plan_of
 from jitgraph.server.openai.limits import check_chat
 from jitgraph.server.openai.logprobs import chat_logprobs
 from jitgraph.server.openai.messages import as_messages, template_variables
@@ -27,51 +28,39 @@ from jitgraph.server.openai.replies import (
     ToolCallChunk,
 )
 from jitgraph.server.openai.schema import ChatRequest
-from jitgraph.server.openai.sse import DONE, Chunks, json_bytes, token_ids_field
-from jitgraph.server.service import Service, Serving
+from jitgraph.server.openai.sse import Chunks, json_bytes, token_ids_field
+from jitgraph.server.service import Serving
 from jitgraph.server.settings import ServerSettings
 from jitgraph.server.texts import Conversation
+from jitgraph.text.pieces import TokenPieces
 
-_DECODER = decoder_of(ChatRequest)
 
-
-class Chat:
+class Chat(Generation[ChatRequest]):
     """The endpoint."""
 
     route = "/v1/chat/completions"
+    _decoder = decoder_of(ChatRequest)
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def check(self, request: ChatRequest) -> None:
+        """Refuses what no engine has to be asked for."""
+        check_chat(request, self._caps)
 
-    async def __call__(self, exchange: Exchange) -> None:
-        """Answers one request.
-
-        Raises:
-            ApiError, ClientGone: instead of an answer, or in the middle of a stream.
-        """
-        request = decode(_DECODER, await exchange.body())
-        exchange.record.model = request.model or ""
-        exchange.record.streamed = bool(request.stream)
-        caps = self._service.settings
-        check_chat(request, caps)
-        grammar_of(request, caps)
-        await exchange.while_connected(self._answer(exchange, request))
-
-    async def _answer(self, exchange: Exchange, request: ChatRequest) -> None:
-        serving = await self._service.serving(request.model)
-        caps = self._service.settings
+    async def prepare(self, exchange: Exchange, request: ChatRequest, serving: Serving) -> Prepared:
+        """The conversation as token ids, with what is asked for."""
+        facts, caps = serving.facts, self._caps
         mode = call_mode(request, serving.texts.tool_template, caps)
         try:
             ids = await serving.texts.encode_chat(_conversation(request, mode, serving, caps))
         except (RequestError, CheckpointError) as error:
             raise from_user_error(error, "messages") from error
-        plan = _plan(exchange, request, ids, mode, serving, caps)
-        answers = Answers(plan, serving.link, serving.texts.tokenizer, exchange.record)
-        try:
-            writer = _Writer(request, mode, answers, serving)
-            await (writer.stream(exchange) if request.stream else writer.whole(exchange))
-        finally:
-            answers.close()
+        if not ids:
+            raise bad_request("the chat template makes an empty prompt of these messages", "messages", "invalid_value")
+        room = room_for(len(ids), _asked(request), None, facts, caps, "messages")
+        logprobs = (request.top_logprobs or 0) if request.logprobs else None
+        params = sampling_params(request, facts, room, logprobs)
+        plan = plan_of(exchange, request, [ids], [params], mode.grammar or grammar_of(request, caps))
+        pieces = serving.texts.tokenizer.pieces
+        return Prepared(plan, lambda answers: _Writer(request, mode, answers, pieces))
 
 
 def _conversation(request: ChatRequest, mode: CallMode, serving: Serving, caps: ServerSettings) -> Conversation:
@@ -81,24 +70,6 @@ def _conversation(request: ChatRequest, mode: CallMode, serving: Serving, caps: 
         tools=mode.tools,
         add_generation_prompt=request.add_generation_prompt is not False,
         variables=template_variables(request.chat_template_kwargs, request.reasoning_effort, reads, caps),
-    )
-
-
-def _plan(
-    exchange: Exchange, request: ChatRequest, ids: list[int], mode: CallMode, serving: Serving, caps: ServerSettings
-) -> Plan:
-    facts = serving.facts
-    if not ids:
-        raise bad_request("the chat template makes an empty prompt of these messages", "messages", "invalid_value")
-    room = room_for(len(ids), _asked(request), None, facts, caps, "messages")
-    logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    return Plan(
-        prompts=[ids],
-        n=request.n or 1,
-        params=[sampling_params(request, facts, room, logprobs)],
-        salt=exchange.salt(request.cache_salt),
-        grammar=mode.grammar or grammar_of(request, caps),
-        skip_special_tokens=request.skip_special_tokens is not False,
     )
 
 
@@ -150,35 +121,24 @@ class _Voice:
         return "tool_calls" if reason == "stop" and self.reader.called else reason
 
 
-class _Writer:
+class _Writer(Writer):
     """Writes the answer of one request."""
 
-    def __init__(self, request: ChatRequest, mode: CallMode, answers: Answers, serving: Serving) -> None:
+    kind, prefix = "chat.completion.chunk", "chatcmpl"
+
+    def __init__(self, request: ChatRequest, mode: CallMode, answers: Answers, pieces: TokenPieces) -> None:
         self._request = request
-        self._answers = answers
-        self._serving = serving
-        self._pieces = serving.texts.tokenizer.pieces
+        self._pieces = pieces
         self._voices = [_Voice(answer, mode.reader()) for answer in answers.all]
-        self._identity = f"chatcmpl-{secrets.token_hex(16)}"
-        self._created = int(time.time())
 
-    # ------------------------------------------------------------------------------------------------------------ whole
+    def keep(self, answer: Answer, delta: Delta) -> None:
+        """Notes more of an answer that is sent whole."""
+        voice = self._voices[answer.index]
+        voice.keep(voice.take(delta))
 
-    async def whole(self, exchange: Exchange) -> None:
-        """One JSON answer."""
-        while (news := await self._answers.next()) is not None:
-            answer, delta = news
-            voice = self._voices[answer.index]
-            voice.keep(voice.take(delta))
-        reply = ChatReply(
-            id=self._identity,
-            created=self._created,
-            model=self._serving.model,
-            system_fingerprint=self._serving.facts.fingerprint,
-            choices=[self._choice(voice) for voice in self._voices],
-            usage=self._answers.usage,
-        )
-        await exchange.send_json(json_bytes(reply))
+    def reply(self, common: Mapping[str, Any]) -> ChatReply:
+        """The one JSON answer."""
+        return ChatReply(choices=[self._choice(voice) for voice in self._voices], **common)
 
     def _choice(self, voice: _Voice) -> ChatChoice:
         wanted = bool(self._request.return_token_ids)
@@ -197,27 +157,11 @@ class _Writer:
             prompt_token_ids=list(voice.answer.prompt) if wanted else msgspec.UNSET,
         )
 
-    # ----------------------------------------------------------------------------------------------------------- stream
-
-    async def stream(self, exchange: Exchange) -> None:
-        """A stream of events. An answer's role goes out with its first content: whoever takes the first event for the
-        first token is right."""
-        options = self._request.stream_options
-        usage = bool(options and options.include_usage)
-        facts = self._serving.facts
-        chunks = Chunks(
-            "chat.completion.chunk", self._identity, self._created, self._serving.model, facts.fingerprint,
-            len(self._voices), usage,
-        )  # fmt: skip
-        while (news := await self._answers.next()) is not None:
-            answer, delta = news
-            voice = self._voices[answer.index]
-            events = self._events(chunks, voice, voice.take(delta), delta.finish_reason is not None)
-            if events:
-                await exchange.send_event(events)
-        await exchange.send_event((chunks.usage(self._answers.usage) if usage else b"") + DONE, last=True)
-
-    def _events(self, chunks: Chunks, voice: _Voice, parts: list[str | ToolCallChunk], last: bool) -> bytes:
+    def events(self, chunks: Chunks, answer: Answer, delta: Delta) -> bytes:
+        """What goes into the stream. An answer's role goes out with its first content: whoever takes the first event
+        for the first token is right."""
+        voice = self._voices[answer.index]
+        parts, last = voice.take(delta), delta.finish_reason is not None
         index = voice.answer.index
         events = []
         for part in parts:

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import secrets
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
 from jitgraph.errors import RequestError
 from jitgraph.ipc.messages import WireLogprobs
-from jitgraph.server.answers import Answer, Answers, Delta, Plan
+from jitgraph.server.answers import Answer, Answers, Delta
 from jitgraph.server.exchange import Exchange
 from jitgraph.server.openai.convert import check_ids, grammar_of, room_for, sampling_params
-from jitgraph.server.openai.decode import decode, decoder_of
+from jitgraph.server.openai.decode import decoder_of
 from jitgraph.server.openai.errors import ApiError, bad_request, from_user_error
+from jitgraph.server.openai.generation import Generation, Prepared, Writer, plan_of
 from jitgraph.server.openai.limits import at_most, check_completion
 from jitgraph.server.openai.logprobs import CompletionLogprobWriter
 from jitgraph.server.openai.replies import CompletionChoice, CompletionLogprobs, CompletionReply
 from jitgraph.server.openai.schema import CompletionRequest
-from jitgraph.server.openai.sse import DONE, Chunks, json_bytes, token_ids_field
-from jitgraph.server.service import Service, Serving
+from jitgraph.server.openai.sse import Chunks, json_bytes, token_ids_field
+from jitgraph.server.service import Serving
 from jitgraph.server.settings import ServerSettings
 
 DEFAULT_MAX_TOKENS = 16
 """As with OpenAI, where ``max_tokens`` is left out."""
-
-_DECODER = decoder_of(CompletionRequest)
 
 
 @dataclass(frozen=True)
@@ -39,39 +37,35 @@ class Prompt:
     """What ``echo`` shows."""
 
 
-class Completions:
+class Completions(Generation[CompletionRequest]):
     """The endpoint."""
 
     route = "/v1/completions"
+    _decoder = decoder_of(CompletionRequest)
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def check(self, request: CompletionRequest) -> None:
+        """Refuses what no engine has to be asked for."""
+        check_completion(request, self._caps)
+        prompts_of(request.prompt, request.n or 1, self._caps)
 
-    async def __call__(self, exchange: Exchange) -> None:
-        """Answers one request.
-
-        Raises:
-            ApiError, ClientGone: instead of an answer, or in the middle of a stream.
-        """
-        request = decode(_DECODER, await exchange.body())
-        exchange.record.model = request.model or ""
-        exchange.record.streamed = bool(request.stream)
-        caps = self._service.settings
-        check_completion(request, caps)
-        grammar_of(request, caps)
+    async def prepare(self, exchange: Exchange, request: CompletionRequest, serving: Serving) -> Prepared:
+        """The prompts as token ids, with what is asked for."""
+        facts, caps = serving.facts, self._caps
         given = prompts_of(request.prompt, request.n or 1, caps)
-        await exchange.while_connected(self._answer(exchange, request, given))
-
-    async def _answer(self, exchange: Exchange, request: CompletionRequest, given: list[str | list[int]]) -> None:
-        serving = await self._service.serving(request.model)
         prompts = [await _encoded(prompt, request, serving) for prompt in given]
-        plan = _plan(exchange, request, prompts, serving, self._service.settings)
-        answers = Answers(plan, serving.link, serving.texts.tokenizer, exchange.record)
-        try:
-            writer = _Writer(request, prompts, plan, answers, serving)
-            await (writer.stream(exchange) if request.stream else writer.whole(exchange))
-        finally:
-            answers.close()
+        no_tokens = request.max_tokens == 0
+        asked = 1 if no_tokens else request.max_tokens
+        rooms = [room_for(len(prompt.ids), asked, DEFAULT_MAX_TOKENS, facts, caps, "prompt") for prompt in prompts]
+        plan = plan_of(
+            exchange,
+            request,
+            [prompt.ids for prompt in prompts],
+            [sampling_params(request, facts, room, request.logprobs) for room in rooms],
+            grammar_of(request, caps),
+            prompt_logprobs=request.logprobs if request.echo else None,
+            no_tokens=no_tokens,
+        )
+        return Prepared(plan, lambda answers: _Writer(request, prompts, answers, serving))
 
 
 def prompts_of(prompt: str | list[int | str | list[int]], n: int, caps: ServerSettings) -> list[str | list[int]]:
@@ -112,28 +106,6 @@ async def _encoded(prompt: str | list[int], request: CompletionRequest, serving:
     return Prompt(ids, text)
 
 
-def _plan(
-    exchange: Exchange, request: CompletionRequest, prompts: list[Prompt], serving: Serving, caps: ServerSettings
-) -> Plan:
-    facts = serving.facts
-    no_tokens = request.max_tokens == 0
-    params = []
-    for prompt in prompts:
-        asked = 1 if no_tokens else request.max_tokens
-        room = room_for(len(prompt.ids), asked, DEFAULT_MAX_TOKENS, facts, caps, "prompt")
-        params.append(sampling_params(request, facts, room, request.logprobs))
-    return Plan(
-        prompts=[prompt.ids for prompt in prompts],
-        n=request.n or 1,
-        params=params,
-        salt=exchange.salt(request.cache_salt),
-        prompt_logprobs=request.logprobs if request.echo else None,
-        grammar=grammar_of(request, caps),
-        skip_special_tokens=request.skip_special_tokens is not False,
-        no_tokens=no_tokens,
-    )
-
-
 class _Voice:
     """One completion while it is written."""
 
@@ -151,6 +123,7 @@ class _Voice:
                 self._logprobs.skip_prompt(prompt.ids)
         self.pending: list[tuple[int, WireLogprobs | None]] = []
         self.ids: list[int] = []
+        self.texts: list[str] = []
 
     def take(self, delta: Delta) -> str:
         """The text that a delta adds, with the echo before the first; notes its ids and log-probabilities."""
@@ -172,65 +145,42 @@ class _Voice:
         return self._logprobs.add(pending)
 
 
-class _Writer:
+class _Writer(Writer):
     """Writes the answer of one request."""
 
-    def __init__(
-        self, request: CompletionRequest, prompts: list[Prompt], plan: Plan, answers: Answers, serving: Serving
-    ) -> None:
+    kind, prefix = "text_completion", "cmpl"
+
+    def __init__(self, request: CompletionRequest, prompts: list[Prompt], answers: Answers, serving: Serving) -> None:
         self._request = request
-        self._answers = answers
-        self._serving = serving
-        self._voices = [_Voice(one, prompts[one.index // plan.n], request, serving) for one in answers.all]
-        self._identity = f"cmpl-{secrets.token_hex(16)}"
-        self._created = int(time.time())
+        n = answers.plan.n
+        self._voices = [_Voice(one, prompts[one.index // n], request, serving) for one in answers.all]
 
-    async def whole(self, exchange: Exchange) -> None:
-        """One JSON answer."""
-        texts: list[list[str]] = [[] for _ in self._voices]
-        while (news := await self._answers.next()) is not None:
-            answer, delta = news
-            texts[answer.index].append(self._voices[answer.index].take(delta))
-        reply = CompletionReply(
-            id=self._identity,
-            created=self._created,
-            model=self._serving.model,
-            system_fingerprint=self._serving.facts.fingerprint,
-            choices=[self._choice(voice, "".join(texts[voice.answer.index])) for voice in self._voices],
-            usage=self._answers.usage,
-        )
-        await exchange.send_json(json_bytes(reply))
+    def keep(self, answer: Answer, delta: Delta) -> None:
+        """Notes more of an answer that is sent whole."""
+        voice = self._voices[answer.index]
+        voice.texts.append(voice.take(delta))
 
-    def _choice(self, voice: _Voice, text: str) -> CompletionChoice:
+    def reply(self, common: Mapping[str, Any]) -> CompletionReply:
+        """The one JSON answer."""
+        return CompletionReply(choices=[self._choice(voice) for voice in self._voices], **common)
+
+    def _choice(self, voice: _Voice) -> CompletionChoice:
         wanted = bool(self._request.return_token_ids)
         return CompletionChoice(
             index=voice.answer.index,
-            text=text,
+            text="".join(voice.texts),
             logprobs=voice.logprobs(),
             finish_reason="stop" if voice.answer.finish_reason == "stop" else "length",
             token_ids=voice.ids if wanted else msgspec.UNSET,
             prompt_token_ids=list(voice.answer.prompt) if wanted else msgspec.UNSET,
         )
 
-    async def stream(self, exchange: Exchange) -> None:
-        """A stream of events."""
-        options = self._request.stream_options
-        usage = bool(options and options.include_usage)
-        facts = self._serving.facts
-        chunks = Chunks(
-            "text_completion", self._identity, self._created, self._serving.model, facts.fingerprint,
-            len(self._voices), usage,
-        )  # fmt: skip
-        while (news := await self._answers.next()) is not None:
-            answer, delta = news
-            voice = self._voices[answer.index]
-            text = voice.take(delta)
-            if not text and delta.finish_reason is None:
-                continue
-            await exchange.send_event(self._chunk(chunks, voice, text, delta.finish_reason))
-        await exchange.send_event((chunks.usage(self._answers.usage) if usage else b"") + DONE, last=True)
-
-    def _chunk(self, chunks: Chunks, voice: _Voice, text: str, reason: str | None) -> bytes:
+    def events(self, chunks: Chunks, answer: Answer, delta: Delta) -> bytes:
+        """What goes into the stream; nothing while the text is held back."""
+        voice = self._voices[answer.index]
+        text = voice.take(delta)
+        if not text and delta.finish_reason is None:
+            return b""
         ids = b""
         if self._request.return_token_ids:
             first = len(voice.ids) == voice.answer.completion_tokens
@@ -238,4 +188,5 @@ class _Writer:
             ids += token_ids_field(voice.answer.prompt, b"prompt_token_ids") if first else b""
             voice.ids = []
         logprobs = voice.logprobs()
-        return chunks.text(voice.answer.index, text, b"null" if logprobs is None else json_bytes(logprobs), ids, reason)
+        told = b"null" if logprobs is None else json_bytes(logprobs)
+        return chunks.text(answer.index, text, told, ids, delta.finish_reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,8 @@ from jitgraph.types import SamplingParams
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 2**64 - 1
+_SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$#&~-]")
+"""Characters with a meaning in a regular expression; a backslash before others may give them one."""
 _GIVEN = (
     *("temperature", "top_p", "top_k", "min_p"),
     *("frequency_penalty", "presence_penalty", "repetition_penalty"),
@@ -144,6 +147,7 @@ def _of_structure(form: StructuredOutputs, caps: ServerSettings) -> Grammar:
         "json": not is_null(form.json),
         "json_object": bool(form.json_object),
         "regex": form.regex is not None,
+        "choice": form.choice is not None,
         "grammar": form.grammar is not None,
     }
     named = [name for name, there in given.items() if there]
@@ -153,11 +157,21 @@ def _of_structure(form: StructuredOutputs, caps: ServerSettings) -> Grammar:
         return _schema(form.json, "structured_outputs.json", caps)
     if named == ["json_object"]:
         return Grammar("json_object")
-    kind, source = ("regex", form.regex) if form.regex is not None else ("lark", form.grammar)
+    if form.choice is not None:
+        kind, source = "regex", _one_of_texts(form.choice)
+    else:
+        kind, source = ("regex", form.regex) if form.regex is not None else ("lark", form.grammar or "")
     if not source or len(source) > caps.max_schema_bytes:
         where = f"structured_outputs.{named[0]}"
         raise bad_request(f"{where} must have 1 to {caps.max_schema_bytes} characters", where, "invalid_value")
     return Grammar(kind, source)
+
+
+def _one_of_texts(texts: Sequence[str]) -> str:
+    """A regular expression for one of these; empty where there are none, or one is empty."""
+    if not texts or not all(texts):
+        return ""
+    return "|".join(_SPECIAL.sub(r"\\\g<0>", text) for text in texts)
 
 
 def _one_of(*names: str) -> ApiError:

@@ -17,6 +17,7 @@ from jitgraph.types import SamplingParams
 TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "invalid_request_error",
     405: "invalid_request_error",
     408: "timeout_error",
@@ -68,6 +69,8 @@ class ApiError(Exception):
         self.status = status
         self.body = ErrorBody(message, TYPES.get(status, "server_error"), param, code)
         self.retry_after_s = retry_after_s
+        self.challenge = b"Bearer"
+        """With 401: how a key may be sent, as ``WWW-Authenticate`` says it."""
 
     @property
     def name(self) -> str:
@@ -85,7 +88,7 @@ class ApiError(Exception):
         if self.retry_after_s is not None:
             found.append((b"retry-after", b"%d" % max(1, math.ceil(self.retry_after_s))))
         if self.status == 401:
-            found.append((b"www-authenticate", b"Bearer"))
+            found.append((b"www-authenticate", self.challenge))
         return found
 
 
@@ -116,6 +119,8 @@ def refused(kind: str, message: str, retry_after_s: float) -> ApiError:
         return bad_request(message, param_of(message), "invalid_value" if kind == "request" else "capacity_exceeded")
     if kind == "overloaded":
         return ApiError(429, message, None, "rate_limit_exceeded", retry_after_s or 1.0)
+    if kind == "deadline":
+        return ApiError(408, message, None, "deadline_exceeded")
     if kind == "draining":
         return unavailable(retry_after_s or 1.0, message)
     return ApiError(500, message, None, "engine_error")

@@ -53,16 +53,15 @@ def check_sampled(request: Sampled, caps: ServerSettings) -> None:
     at_most("logit_bias", request.logit_bias, MAX_LOGIT_BIAS, "entries")
     at_most("stop_token_ids", request.stop_token_ids, MAX_STOP_TOKEN_IDS, "entries")
     at_most("cache_salt", request.cache_salt, SALT_CHARS, "characters")
-    if request.include_stop_str_in_output:
-        raise unsupported("include_stop_str_in_output", "stop strings are never part of the text")
     options = request.stream_options
     if options is not None:
         if not request.stream:
             raise bad_request("stream_options is only possible with stream: true", "stream_options", "invalid_value")
         if options.include_obfuscation:
             raise unsupported("stream_options.include_obfuscation")
-        if options.continuous_usage_stats:
-            raise unsupported("stream_options.continuous_usage_stats")
+        if options.continuous_usage_stats and not options.include_usage:
+            where = "stream_options.continuous_usage_stats"
+            raise bad_request(f"{where} is only possible with include_usage: true", where, "invalid_value")
 
 
 def check_chat(request: ChatRequest, caps: ServerSettings) -> None:

@@ -49,6 +49,8 @@ class StructuredOutputs(Record, frozen=True, kw_only=True):
     """A schema."""
     json_object: bool | None = None
     regex: str | None = None
+    choice: list[str] | None = None
+    """One of these texts."""
     grammar: str | None = None
     """In Lark's notation."""
 

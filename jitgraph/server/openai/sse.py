@@ -2,12 +2,13 @@
 encoded once. Pure.
 
 Every chunk has ``id``, ``object``, ``created``, ``model`` and ``choices``. With ``include_usage`` all carry ``usage``,
-which is null but in the one chunk without choices that comes before ``[DONE]``.
+which is null but in the one chunk without choices that comes before ``[DONE]``; with ``continuous_usage_stats`` every
+chunk tells what its own answer has taken so far.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -43,11 +44,13 @@ class Chunks:
     Args:
         kind: ``chat.completion.chunk`` or ``text_completion``.
         with_usage: whether the stream ends with a chunk of usage.
+        usage_of: tells an answer's usage so far, for every chunk to carry it; None leaves it null until the end.
     """
 
     def __init__(
-        self, kind: str, identity: str, created: int, model: str, fingerprint: str, choices: int, with_usage: bool
-    ) -> None:
+        self, kind: str, identity: str, created: int, model: str, fingerprint: str, choices: int, with_usage: bool,
+        usage_of: Callable[[int], Usage] | None = None,
+    ) -> None:  # fmt: skip
         fixed = {
             "id": identity,
             "object": kind,
@@ -58,11 +61,13 @@ class Chunks:
         self._head = b"data: " + json_bytes(fixed)[:-1] + b',"choices":['
         self._heads = [self._head + b'{"index":%d,' % index for index in range(choices)]
         self._tail = b'}],"usage":null}\n\n' if with_usage else b"}]}\n\n"
+        self._usage_of = usage_of
 
     def _chunk(self, index: int, what: bytes, logprobs: bytes, ids: bytes, reason: bytes = b"null") -> bytes:
-        return b"".join(
-            (self._heads[index], what, b',"logprobs":', logprobs, b',"finish_reason":', reason, ids, self._tail)
-        )
+        tail = self._tail
+        if self._usage_of is not None:
+            tail = b'}],"usage":' + json_bytes(self._usage_of(index)) + b"}\n\n"
+        return b"".join((self._heads[index], what, b',"logprobs":', logprobs, b',"finish_reason":', reason, ids, tail))
 
     def role(self, index: int, extra: bytes = b"") -> bytes:
         """What opens a chat answer; goes out together with the first content, never before."""
