@@ -13,12 +13,16 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
 has() { "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)' "$1"; }
 
+types=""
 if has ruff && has mypy; then
     echo "== ruff"
     "$python" -m ruff check .
     "$python" -m ruff format --check .
-    echo "== mypy"
-    "$python" -m mypy
+    # It takes most of a minute, of one core, where it has no cache: the tests run beside it, and what it says comes last.
+    said="$(mktemp)"
+    "$python" -m mypy >"$said" 2>&1 &
+    types=$!
+    trap 'kill "$types" 2>/dev/null || true; rm -f "$said"' EXIT
 else
     echo "== ruff and mypy are not both installed for $python: style and types are not checked, the tests run alone"
 fi
@@ -32,7 +36,14 @@ PYTHON
 )"
 options=(--durations=10 -rs)
 if [[ "$workers" != 0 ]]; then
-    options+=(-n "$workers")
+    options+=(-n "$workers" --dist loadfile --no-loadscope-reorder) # whole files: no worker repeats another's fixtures
 fi
 echo "== pytest"
-exec "$python" -m pytest "${options[@]}" "$@"
+status=0
+"$python" -m pytest "${options[@]}" "$@" || status=$?
+if [[ -n "$types" ]]; then
+    echo "== mypy"
+    wait "$types" || status=1
+    cat "$said"
+fi
+exit "$status"

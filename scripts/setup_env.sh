@@ -67,7 +67,8 @@ PYTHON
 
 pin() { sed -n "s/^\($1==[^; ]*\).*/\1/p" "$root/constraints.txt" | head -n 1; }
 
-install() { "$python" -m pip install --disable-pip-version-check -c constraints.txt "$@" >&2; }
+# Without --no-compile pip compiles every module of every package; most are never imported, and Python does it itself.
+install() { "$python" -m pip install --disable-pip-version-check --no-compile -c constraints.txt "$@" >&2; }
 
 if ! usable "$python" || ! "$python" -m pip --version >/dev/null 2>&1; then
     make_venv
@@ -77,11 +78,12 @@ wanted="$(fingerprint)"
 if [[ ! -f "$stamp" || "$(cat "$stamp")" != "$wanted" ]]; then
     say "Installing the packages of constraints.txt into .venv (once; PyTorch is the largest)"
     cd "$root"
-    install "$(pin torch)"
+    first=("$(pin torch)" "setuptools>=77") # the second, of pyproject.toml, saves an environment made to build in
     if [[ "$(uname -s)" == Linux ]]; then
-        install "$(pin triton)"
+        first+=("$(pin triton)")
     fi
-    install -e ".[bench,dev]"
+    install "${first[@]}"
+    install --no-build-isolation -e ".[bench,dev]"
     printf '%s\n' "$wanted" >"$stamp"
 fi
 printf '%s\n' "$python"

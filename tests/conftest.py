@@ -9,10 +9,14 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: small products, and the cores are shared
 
 import pytest
 
 torch.set_num_threads(1)
+
+LONGEST = "test_kernels_compile.py"
+"""Begun first: what another worker has to do beside it must not be over before it."""
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +26,8 @@ def device() -> torch.device:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked ``gpu`` where no CUDA device exists, and nowhere else."""
+    """Puts the longest file first. Skips tests marked ``gpu`` where no CUDA device exists, and nowhere else."""
+    items.sort(key=lambda item: item.path.name != LONGEST)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device")

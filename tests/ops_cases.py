@@ -11,8 +11,8 @@ from jitgraph.ops import sampling
 from jitgraph.ops.slots import IN_PROMPT, SlotTable, encode_row, mask_words
 from jitgraph.types import MAX_LOGPROBS, SamplingParams
 
-LAYOUTS = ((4, 4, 16), (8, 2, 32), (6, 2, 64), (4, 1, 128))
-"""(query heads, KV heads, head size): plain, grouped, an odd group, one KV head."""
+LAYOUTS = ((3, 3, 16), (4, 2, 32), (6, 2, 64), (4, 1, 128))
+"""(query heads, KV heads, head size): plain, grouped, an odd group, one KV head; groups of 1 to 4."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float32: 3e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 PAGE = 8

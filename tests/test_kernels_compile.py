@@ -31,6 +31,7 @@ STACK_BOUND_BYTES = {
 
 def _compile(arch: int, dtype: str, cache: Path) -> dict[str, Any]:
     environment = os.environ | {"TRITON_INTERPRET": "0", "JITGRAPH_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    environment["TRITON_DISABLE_LINE_INFO"] = "1"  # a tenth quicker; the instructions are the same
     environment.pop("TRITON_CACHE_DIR", None)
     here = Path(__file__).parent
     environment["PYTHONPATH"] = os.pathsep.join([str(here.parent), environment.get("PYTHONPATH", "")])

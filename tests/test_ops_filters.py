@@ -29,11 +29,11 @@ def _threshold_kernel(
     row = tl.program_id(0)
     words = slots + tl.load(sample_slot + row) * SLOT_STRIDE
     base = scratch + row * SCRATCH_STRIDE
-    x_max = _largest(base, words, BLOCKS, BLOCKS_PADDED)
-    earlier = before + row * SCRATCH_STRIDE
-    low, high, stage, target = _after_pass(earlier, words, x_max, BLOCKS, BLOCKS_PADDED, FANOUT)
-    low = _finished(base + 7 * BLOCKS, low, high, stage, target, words, x_max, VOCABULARY, BLOCK)
-    if tl.program_id(1) == 0:
+    if tl.program_id(1) == 0:  # every block finds the same
+        x_max = _largest(base, words, BLOCKS, BLOCKS_PADDED)
+        earlier = before + row * SCRATCH_STRIDE
+        low, high, stage, target = _after_pass(earlier, words, x_max, BLOCKS, BLOCKS_PADDED, FANOUT)
+        low = _finished(base + 7 * BLOCKS, low, high, stage, target, words, x_max, VOCABULARY, BLOCK)
         tl.store(base, _value(low))
 
 

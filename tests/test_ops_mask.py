@@ -30,6 +30,13 @@ KINDS = [
 """Every kind of choice; greedy parameters too, since a grammar takes any request to this op."""
 
 
+@pytest.fixture
+def few_passes(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many passes as are quickest in the interpreter; any number gives the same thresholds: test_ops_filters.py."""
+    if device.type == "cpu":
+        monkeypatch.setattr(sampling, "_PASSES", 2)
+
+
 def constrained_slots(params: list[SamplingParams], constrained: list[bool], device: torch.device) -> SlotTable:
     table = SlotTable.allocate(len(params), 2, torch.device("cpu"))
     for slot, (one, bound) in enumerate(zip(params, constrained, strict=True)):
@@ -94,6 +101,7 @@ def test_the_only_allowed_id_is_taken(device: torch.device, ops: object, vocabul
     assert sample(ops, logits, slot, slot + 9, slots, None, masks)[0].tolist() == ids
 
 
+@pytest.mark.usefixtures("few_passes")
 @pytest.mark.parametrize("ops", [sampling, reference], ids=["kernel", "reference"])
 def test_a_mask_comes_after_penalties_and_bias_and_before_top_k(device: torch.device, ops: object) -> None:
     """A bias cannot lift the bar, and top-k counts what is allowed alone."""
@@ -128,6 +136,7 @@ def test_logprobs_are_those_of_the_raw_distribution(device: torch.device, ops: o
     assert result[2][0, :4].tolist() == row.argsort(descending=True)[:4].tolist()
 
 
+@pytest.mark.usefixtures("few_passes")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_without_a_grammar_ignore_their_mask(device: torch.device, dtype: torch.dtype) -> None:
     """Whatever stands there, and whoever is beside them: the same tokens and log-probabilities, bit for bit."""

@@ -14,7 +14,7 @@ from jitgraph.model.decoder import Decoder, KVWindow
 from jitgraph.model.hf_config import spec_from_config
 from jitgraph.model.packing import allocate_weights
 from jitgraph.model.presets import preset_config
-from jitgraph.ops import elementwise, prefill_fused, reference_prefill
+from jitgraph.ops import elementwise, prefill_fused, reference, reference_prefill
 from jitgraph.ops.pdl import PDL_TOKENS
 from jitgraph.ops.reference import Rope
 from jitgraph.ops.reference_linear import SplitScratch
@@ -100,7 +100,11 @@ def _check(device: torch.device, layout: tuple[int, int, int], dtype: torch.dtyp
     close(out[: chunk.real], expected[: chunk.real])
     assert not out[chunk.real :].any()  # NaN counts as something
     appended = paged.k.clone(), paged.v.clone()
-    elementwise.rope_append(clean, None, None, 0.0, *where, *appended, torch.empty_like(out))
+    # The bits of the op that appends alone. The interpreter takes as long for its kernel as for the one that is tested,
+    # so long chunks are held against its meaning, which has the same bits there but in bfloat16 (cut, not rounded).
+    by_kernel = device.type == "cuda" or chunk.tokens <= 33 or dtype == torch.bfloat16
+    append = elementwise.rope_append if by_kernel else reference.rope_append
+    append(clean, None, None, 0.0, *where, *appended, torch.empty_like(out))
     for mine, theirs in zip((k, v), appended, strict=True):
         assert torch.equal(mine[1:].isnan(), theirs[1:].isnan())  # no cell but the chunk's own
         if device.type == "cpu":  # on a GPU two kernels may differ in which product of a sum they fuse

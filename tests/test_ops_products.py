@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -66,51 +66,66 @@ def test_products_ask_it_first_and_else_use_torch(tokens: int) -> None:
 
 
 class _Numbered:
-    """A product whose algorithms are tiles with a number; the library proposes 1 and 5, and 100 needs too much room."""
+    """A product whose algorithms are (tile, custom option, cluster, parts of the sum). The library proposes tiles 1 and
+    5; tile 8 needs too much room, and tiles under 0 or over 20 do not exist."""
 
     def candidates(self, most: int, workspace: int) -> list[Algorithm]:
-        return [self._numbered(1), self._numbered(5)]
+        return [self._numbered(1, 0, 1, 1), self._numbered(5, 0, 1, 1)]
 
     def split(self, algorithm: Algorithm, parts: int) -> Algorithm | None:
-        return None
+        return self._numbered(*algorithm.code[:3], parts)
+
+    def changed(
+        self, algorithm: Algorithm, tile: int | None = None, custom: int | None = None, cluster: int | None = None
+    ) -> Algorithm | None:
+        now = algorithm.code
+        wanted = [new if new is not None else old for new, old in zip((tile, custom, cluster), now[:3], strict=True)]
+        return self._numbered(*wanted, now[3]) if 0 <= wanted[0] <= 20 else None
 
     def tile(self, algorithm: Algorithm) -> int:
         return algorithm.code[0]
 
-    def neighbours(self, algorithm: Algorithm, tiles: list[int]) -> Iterator[list[Algorithm]]:
-        yield [self._numbered(tile) for tile in tiles if tile >= 0]
-        yield [Algorithm(bytes([100]), products.WORKSPACE_BYTES + 1)]
+    def custom(self, algorithm: Algorithm) -> int:
+        return algorithm.code[1]
 
     @staticmethod
-    def _numbered(tile: int) -> Algorithm:
-        return Algorithm(bytes([tile]), 0)
+    def _numbered(*numbers: int) -> Algorithm:
+        return Algorithm(bytes(numbers), products.WORKSPACE_BYTES + 1 if numbers[0] == 8 else 0)
 
 
-def _bench(us: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> products._Bench:
+def _bench(us: Callable[[bytes], float], monkeypatch: pytest.MonkeyPatch) -> products._Bench:
     like = [torch.zeros(4, 4)]
     bench = products._Bench(_Numbered(), False, 2, like, torch.empty(0), 0)  # type: ignore[arg-type]
-    monkeypatch.setattr(bench, "_us", lambda algorithm, layers: us[algorithm.code[0]])
+    monkeypatch.setattr(bench, "_us", lambda algorithm, layers: us(algorithm.code))
     monkeypatch.setattr(bench, "_torch_us", lambda: 10.0)
     monkeypatch.setattr(bench, "_right", lambda algorithm: True)
     return bench
 
 
-def test_the_search_finds_the_fastest_tile_near_the_proposals(monkeypatch: pytest.MonkeyPatch) -> None:
-    us = dict.fromkeys(range(9), 9.0) | {7: 6.0, 100: 1.0}
+def test_the_search_finds_what_takes_several_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tile and cluster are of no use one without the other; option and split come after."""
+
+    def us(code: bytes) -> float:
+        tile, custom, cluster, parts = code
+        if tile == 8:
+            return 1.0  # but there is no room for it
+        if (tile, cluster) != (7, 3):
+            return 9.0 + tile / 100
+        return 8.0 - (custom == 4) - (parts == 2)
+
     found = _bench(us, monkeypatch).search()
-    assert found is not None and found.code == bytes([7]), "100 is faster, but has no room"
+    assert found[0].code == bytes([7, 4, 3, 2]) and len(found) == products._FOUND
 
 
-@pytest.mark.parametrize(("searched_us", "expected"), [(6.0, 7), (9.9, None), (math.inf, None)])
-def test_what_was_searched_elsewhere_must_beat_torch_here(
-    monkeypatch: pytest.MonkeyPatch, searched_us: float, expected: int | None
+@pytest.mark.parametrize(("fast_us", "expected"), [(6.0, bytes([10, 4, 3, 1])), (9.9, None), (math.inf, None)])
+def test_what_was_found_nearby_must_beat_torch_here(
+    monkeypatch: pytest.MonkeyPatch, fast_us: float, expected: bytes | None
 ) -> None:
-    found = _bench({1: 11.0, 5: 12.0, 7: searched_us}, monkeypatch).best([])
-    assert found is None, "the proposals alone are slower than torch"
-    bench = _bench({1: 11.0, 5: 12.0, 7: searched_us}, monkeypatch)
-    monkeypatch.setattr(bench._product, "checked", lambda code: Algorithm(code, 0), raising=False)
-    found = bench.best(["07"])
-    assert (found and found.code[0]) == expected
+    """With its own tile or one around it."""
+    bench = _bench(lambda code: fast_us if code == bytes([10, 4, 3, 1]) else 11.0, monkeypatch)
+    assert bench.best([]) is None, "the proposals are slower than torch"
+    best = bench.best([Algorithm(bytes([9, 4, 3, 1]), 0)])
+    assert (None if best is None else best.code) == expected
 
 
 def test_rounds_go_on_until_the_fastest_two_agree() -> None:

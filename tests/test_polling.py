@@ -11,6 +11,7 @@ from scripted_engine import Asked, ScriptedEngine
 
 from jitgraph import Client, SamplingParams
 from jitgraph.polling import FOR_AN_ANSWER_S, polling_s
+from jitgraph.server import client_link
 from jitgraph.server.client import EngineClient
 
 
@@ -69,3 +70,20 @@ def test_a_blocking_client_polls_beside_a_gpu(
         monkeypatch.setattr(client._link, "_spin", lambda poller: (spins.append(1), spin(poller))[1])
         assert client.generate([5], SamplingParams(max_tokens=3))[0].token_ids == (5, 6, 7)
         assert bool(spins) is polls
+
+
+@pytest.mark.usefixtures("sixteen_cores")
+def test_what_a_client_practises_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a GPU it takes a made-up token while it waits; text, tokens and times are those of the engine's alone."""
+    tmp_path.chmod(0o700)
+    params, found = SamplingParams(max_tokens=6), {}
+    practised: list[object] = []
+    practise = client_link.practise
+    monkeypatch.setattr(client_link, "practise", lambda *args: (practised.append(1), practise(*args)))
+    for device in ("cuda:0", "cpu"):
+        path = tmp_path / f"{device[:3]}.sock"
+        with ScriptedEngine(path, device=device) as engine, Client(path) as client:
+            chunks = list(client.stream([300, 5], params))
+            found[device] = [(chunk.token_id, chunk.text, chunk.finish_reason) for chunk in chunks]
+            assert len(engine.requests) == 1 and not engine.cancelled
+    assert practised == [1] and found["cuda:0"] == found["cpu"] and len(found["cpu"]) == 6

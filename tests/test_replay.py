@@ -6,6 +6,7 @@ CUDA graph of the Triton kernels.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,41 @@ def test_a_loop_gives_the_bits_of_its_steps(folder: Path, device: torch.device, 
     looped, stepped = results
     for name, tensor in looped.items():
         assert torch.equal(tensor.view(torch.uint8), stepped[name].view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 15, 48])
+def test_only_the_row_that_gets_a_token_goes_all_the_way(folder: Path, device: torch.device, tokens: int) -> None:
+    """Behind the last attention one row is computed, and its logits are those of the step that computes them all."""
+    engine = make(folder, device)
+    start_requests(engine, PARAMS["greedy"])
+    program, sequence = engine.runner._program, engine.scheduler.running[0]
+    key = GraphKey(Phase.PREFILL, tokens, Sampling.OUTSIDE)
+    rows: list[int] = []
+
+    def norm_gated(*args: Any) -> None:
+        rows.append(args[1].shape[0])
+        program.decoder.ops.norm_gated(*args)
+
+    batch, work = engine.buffers.views(key)
+    decoder = dataclasses.replace(
+        program.decoder, ops=dataclasses.replace(program.decoder.ops, norm_gated=norm_gated)
+    )  # the engine's own is as it was
+    logits = []
+    for whole in (False, True):
+        engine.buffers.poison()
+        engine.runner._stage_prompt(sequence.slot, 0, range(3, 3 + tokens), emit=True)
+        with torch.inference_mode(), engine.runner._on_stream():
+            program.before_graph(key)
+            if program.decoder.ops.receives_on_device:
+                program.receive(key)
+            program.prepare(key)
+            decoder.forward("prefill", batch, work, engine.cache, engine.buffers.slots, whole)
+            logits.append(work.logits[0].float().cpu())
+        program.next_launch += 1
+    layers = SHAPE["num_hidden_layers"]
+    assert rows == [*[tokens] * (layers - 1), 1, *[tokens] * layers]
+    close = 1e-5 if device.type == "cpu" else 2e-2
+    torch.testing.assert_close(logits[0], logits[1], rtol=close, atol=close)
 
 
 @pytest.mark.parametrize("length", [1, 3, 5, 15, 17, 47])

@@ -244,7 +244,7 @@ class Runner:
         if graph is not None:
             graph.replay()
         else:
-            program.graph_part(key)()
+            program.graph_part(key, scoring is not None)()
         if scoring is not None:
             scoring()
         if key.sampling is Sampling.OUTSIDE:

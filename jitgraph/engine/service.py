@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 from jitgraph.engine.service_figures import Figures
 from jitgraph.engine.service_hub import Client, Hub
+from jitgraph.engine.service_practice import Practice
+from jitgraph.engine.service_reader import RequestReader
 from jitgraph.engine.service_requests import Grammars, Limits, RequestEngine, Requests
 from jitgraph.errors import CompileError, DeviceError
 from jitgraph.ipc.frames import ProtocolError
@@ -132,6 +134,7 @@ class Service:
         self._tidy = tidy
         limits = Limits(facts.max_streams, options.max_queued, facts.max_model_len)
         self._requests = Requests(engine, hub, limits, self.figures, self._failed, grammars)
+        self._practice = Practice(RequestReader(facts.max_model_len))
         self._end_at_s: float | None = None
         self._fatal: str | None = None
         self._failure: Exception | None = None
@@ -233,7 +236,10 @@ class Service:
             wait_s = min(wait_s, self._end_at_s - now)
         if self._requests:  # it waits for its grammar
             wait_s = min(wait_s, self._requests.next_deadline_s - now)
-        self._hub.look(0.0 if quiet_s < self._spin_s else max(0.0, wait_s))
+        if quiet_s < self._spin_s:
+            self._practice.now_and_then(now)
+            wait_s = 0.0
+        self._hub.look(max(0.0, wait_s))
 
     def _idle_piece(self) -> None:
         try:
@@ -268,6 +274,8 @@ class Service:
         if type(record) is Submit:
             self._requests.submit(client, record)
             self._active_s, self._untidy = time.monotonic(), True
+            if self._spin_s and not self._requests.unlaunched:
+                self._rehearse(client)
         elif type(record) is Cancel:
             self._requests.cancel(client, record.request_id)
         elif type(record) is AskStats:
@@ -278,6 +286,12 @@ class Service:
             self.drain(record.timeout_s)
         else:
             raise ProtocolError("Hello comes once")
+
+    def _rehearse(self, client: Client) -> None:
+        """The GPU is at work: there is time to go the way that its first token will go, here and in the client, which
+        makes nothing of a beat."""
+        self._practice.answer()
+        self._hub.send(client, self._pulse())
 
     def left(self, client: Client) -> None:
         """A client is gone, and its requests with it."""

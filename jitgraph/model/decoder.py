@@ -67,26 +67,35 @@ class Decoder:
         plain = not self.spec.qk_norm and self.window is None and not self.rope.dynamic_original
         return self.ops.rope_prefill_attention if plain else None
 
-    def forward(self, phase: str, batch: Batch, work: Workspace, cache: KVCache, slots: SlotTable) -> None:
-        """Batch to ``work.logits`` ``[R, V]``; K and V of the step's tokens are in the cache afterwards."""
-        for section in self.sections(phase, batch, work, cache, slots):
+    def forward(
+        self, phase: str, batch: Batch, work: Workspace, cache: KVCache, slots: SlotTable, whole: bool = False
+    ) -> None:
+        """Batch to ``work.logits`` ``[R, V]``; K and V of the step's tokens are in the cache afterwards.
+
+        Behind the last layer's attention a prompt's step goes on with the rows that get a token alone, since nobody
+        reads the others. ``whole`` keeps all of them, for ``score``."""
+        for section in self.sections(phase, batch, work, cache, slots, whole):
             section.run()
 
-    def stages(self, phase: str, batch: Batch, work: Workspace, cache: KVCache, slots: SlotTable) -> Iterator[None]:
+    def stages(
+        self, phase: str, batch: Batch, work: Workspace, cache: KVCache, slots: SlotTable, whole: bool = False
+    ) -> Iterator[None]:
         """``forward`` in pieces: yields after each layer's half, so that a capture can be advanced piece by piece."""
-        for section in self.sections(phase, batch, work, cache, slots):
+        for section in self.sections(phase, batch, work, cache, slots, whole):
             section.run()
             yield
 
-    def sections(self, phase: str, batch: Batch, work: Workspace, cache: KVCache, slots: SlotTable) -> list[Section]:
+    def sections(
+        self, phase: str, batch: Batch, work: Workspace, cache: KVCache, slots: SlotTable, whole: bool = False
+    ) -> list[Section]:
         """``forward`` as a list, to be run in order. Three sections a layer, and one at each end."""
-        run = _Pass(self, phase, batch, work, cache, slots)
+        run = _Pass(self, phase, batch, work, cache, slots, whole)
         found = [Section(False, run.begin)]
         for index, layer in enumerate(self.weights.layers):
             found += [
                 Section(False, partial(run.attention_input, layer)),
                 Section(True, partial(run.attention, index, layer)),
-                Section(False, partial(run.attention_output_and_mlp, layer)),
+                Section(False, partial(run.attention_output_and_mlp, index, layer)),
             ]
         return [*found, Section(False, run.end)]
 
@@ -112,7 +121,7 @@ class _Pass:
     """One forward pass: the residual, and what is still to be added to it."""
 
     def __init__(
-        self, decoder: Decoder, phase: str, batch: Batch, work: Workspace, cache: KVCache, slots: SlotTable
+        self, decoder: Decoder, phase: str, batch: Batch, work: Workspace, cache: KVCache, slots: SlotTable, whole: bool
     ) -> None:
         self._decoder = decoder
         self._phase = phase
@@ -124,7 +133,10 @@ class _Pass:
         self._eps = decoder.spec.rms_norm_eps
         self._scratch = SplitScratch(work.split_sums, work.split_arrivals)
         self._pending: torch.Tensor | None = None
-        joined = phase == "prefill" and batch.positions.shape[0] <= JOINED_TOKENS
+        tokens, rows = batch.positions.shape[0], batch.sample_index.shape[0]
+        self._trimmed_layer = decoder.spec.num_layers - 1 if rows < tokens and not whole else None
+        """From behind whose attention on only the rows that get a token are computed."""
+        joined = phase == "prefill" and tokens <= JOINED_TOKENS
         self._one_launch = decoder.one_launch if joined else None
         window = decoder.window
         self._rolling = (
@@ -184,32 +196,41 @@ class _Pass:
         else:
             ops.prefill_attention(work.q, *where, *how, work.attended, self._rolling)
 
-    def attention_output_and_mlp(self, layer: LayerWeights) -> None:
-        """``work.attended`` through the rest of the layer to the residual."""
-        ops, work = self._ops, self._work
-        attended = work.attended.view(-1, self._decoder.spec.q_size)
-        pending = ops.linear_add(attended, layer.o, layer.o_bias, work.hidden, work.residual, self._scratch)
+    def attention_output_and_mlp(self, index: int, layer: LayerWeights) -> None:
+        """``work.attended`` through the rest of the layer to the residual, which is ``work.last_hidden`` where only
+        some rows go on."""
+        ops, work, size = self._ops, self._work, self._decoder.spec.q_size
+        attended, residual = work.attended.view(-1, size), work.residual
+        if index == self._trimmed_layer:
+            wanted = self._batch.sample_index
+            kept = work.q.view(-1, size)[: wanted.shape[0]]  # the queries have been used
+            ops.embed(wanted, attended, kept)
+            ops.embed(wanted, residual, work.last_hidden)
+            attended, residual = kept, work.last_hidden
+        rows = residual.shape[0]
+        hidden, activated = work.hidden[:rows], work.activated[:rows]
+        pending = ops.linear_add(attended, layer.o, layer.o_bias, hidden, residual, self._scratch)
         ops.norm_gated(
             pending,
-            work.residual,
+            residual,
             layer.post_norm,
             self._eps,
             layer.gate_up,
             layer.gate_up_bias,
-            work.normed,
-            work.gate_up,
-            work.activated,
+            work.normed[:rows],
+            work.gate_up[:rows],
+            activated,
             self._scratch,
         )
-        self._pending = ops.linear_add(
-            work.activated, layer.down, layer.down_bias, work.hidden, work.residual, self._scratch
-        )
+        self._pending = ops.linear_add(activated, layer.down, layer.down_bias, hidden, residual, self._scratch)
 
     def end(self) -> None:
         """The residual of the rows that get a token to ``work.logits`` ``[R, V]``."""
         ops, work, weights = self._ops, self._work, self._decoder.weights
+        trimmed = self._trimmed_layer is not None
         if self._pending is not None:
-            work.residual.add_(self._pending)
-        ops.embed(self._batch.sample_index, work.residual, work.last_hidden)
+            (work.last_hidden if trimmed else work.residual).add_(self._pending)
+        if not trimmed:
+            ops.embed(self._batch.sample_index, work.residual, work.last_hidden)
         logits = (weights.lm_head, None, work.last_normed, work.logits, self._scratch)
         ops.norm_linear(None, work.last_hidden, weights.final_norm, self._eps, *logits)

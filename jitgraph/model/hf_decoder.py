@@ -58,8 +58,10 @@ class HfDecoder:
         self._last, self._scores = PagedPass(phase, batch, work, cache, slots, self.ops, self.layers), None
         work.logits.copy_(self.logits(self._last, batch.sample_index))
 
-    def stages(self, phase: str, batch: Batch, work: Workspace, cache: KVCache, slots: SlotTable) -> Iterator[None]:
-        """See ``Decoder``; all in one piece."""
+    def stages(
+        self, phase: str, batch: Batch, work: Workspace, cache: KVCache, slots: SlotTable, whole: bool = False
+    ) -> Iterator[None]:
+        """See ``Decoder``; all in one piece, and every row goes all the way."""
         self.forward(phase, batch, work, cache, slots)
         yield
 
@@ -141,8 +143,10 @@ class OwnCacheDecoder:
                 assert found is not None
                 work.logits[row].copy_(found)
 
-    def stages(self, phase: str, batch: Batch, work: Workspace, cache: KVCache, slots: SlotTable) -> Iterator[None]:
-        """See ``Decoder``; all in one piece."""
+    def stages(
+        self, phase: str, batch: Batch, work: Workspace, cache: KVCache, slots: SlotTable, whole: bool = False
+    ) -> Iterator[None]:
+        """See ``Decoder``; all in one piece, and every row goes all the way."""
         self.forward(phase, batch, work, cache, slots)
         yield
 

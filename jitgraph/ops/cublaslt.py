@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Iterable, Iterator
 from ctypes import byref, c_float, c_int, c_size_t, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
@@ -158,24 +157,32 @@ class Product:
 
     def split(self, algorithm: Algorithm, parts: int) -> Algorithm | None:
         """The same algorithm with the sum over K in so many parts; None where it cannot."""
-        return self._changed(algorithm, {_CONFIG_SPLIT_K: parts, _CONFIG_REDUCTION: _REDUCTION_IN_F32})
+        reduction = _REDUCTION_IN_F32 if parts > 1 else 0
+        return self._set(algorithm, {_CONFIG_SPLIT_K: parts, _CONFIG_REDUCTION: reduction})
+
+    def changed(
+        self, algorithm: Algorithm, tile: int | None = None, custom: int | None = None, cluster: int | None = None
+    ) -> Algorithm | None:
+        """The same algorithm with another tile, custom option or shape of clusters, by the library's numbers; None
+        where there is no such one for this shape."""
+        wanted = {_CONFIG_TILE: tile, _CONFIG_CUSTOM: custom, _CONFIG_CLUSTER: cluster}
+        return self._set(algorithm, {attribute: value for attribute, value in wanted.items() if value is not None})
 
     def tile(self, algorithm: Algorithm) -> int | None:
         """The number that the library gives to the algorithm's tile; similar tiles have close ones."""
+        return self._get(algorithm, _CONFIG_TILE)
+
+    def custom(self, algorithm: Algorithm) -> int | None:
+        """The algorithm's custom option."""
+        return self._get(algorithm, _CONFIG_CUSTOM)
+
+    def _get(self, algorithm: Algorithm, attribute: int) -> int | None:
         words, value, written = _Algorithm.from_buffer_copy(algorithm.code), c_int(), c_size_t()
         read = self._library.function("cublasLtMatmulAlgoConfigGetAttribute")
-        failed = read(byref(words), _CONFIG_TILE, byref(value), c_size_t(4), byref(written))
+        failed = read(byref(words), attribute, byref(value), c_size_t(4), byref(written))
         return None if failed else value.value
 
-    def neighbours(self, algorithm: Algorithm, tiles: Iterable[int]) -> Iterator[list[Algorithm]]:
-        """Algorithms that differ from this one in one thing, a list for each such thing: the tile (one of ``tiles``),
-        the custom option, the cluster, the parts of the sum. The library offers few of these by itself."""
-        for attribute, values in ((_CONFIG_TILE, tiles), (_CONFIG_CUSTOM, range(10)), (_CONFIG_CLUSTER, range(1, 12))):
-            found = [self._changed(algorithm, {attribute: value}) for value in values]
-            yield [one for one in found if one is not None]
-        yield [one for one in (self.split(algorithm, parts) for parts in (2, 3, 4)) if one is not None]
-
-    def _changed(self, algorithm: Algorithm, settings: dict[int, int]) -> Algorithm | None:
+    def _set(self, algorithm: Algorithm, settings: dict[int, int]) -> Algorithm | None:
         words = _Algorithm.from_buffer_copy(algorithm.code)
         for attribute, value in settings.items():
             arguments = (byref(words), attribute, byref(c_int(value)), c_size_t(_CONFIG_BYTES.get(attribute, 4)))

@@ -58,6 +58,8 @@ def fused_tile(tokens: int, num_heads: int, dh: int, dtype: torch.dtype) -> tupl
 
 def fused_splits(tokens: int, num_heads: int) -> int:
     """Programs that may share the context of a block of queries: a power of two, so many that all fit the device."""
+    if tokens > JOINED_TOKENS:
+        return 1  # nobody asks for it
     programs = num_heads * ceil_div(tokens, _SPLIT_ROWS)
     return 1 << (max(1, min(_MAX_SPLITS, _FILL_PROGRAMS // programs)).bit_length() - 1)
 

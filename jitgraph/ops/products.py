@@ -31,12 +31,16 @@ _GRAIN = 8
 WORKSPACE_BYTES = 32 * 2**20
 """What cuBLAS itself has on this hardware."""
 _SEARCHED_EVERY = 32
-"""Tokens between two counts at which the neighbourhood of the library's proposals is searched, which takes longest."""
-_POOL = 6
-"""Best algorithms of that many searched counts are tried at a count, the nearest ones."""
+"""Tokens between two counts at which what lies around the library's proposals is searched, which takes longest."""
+_NEAR = 3
+"""What was found at so many searched counts is tried at a count, the nearest ones, with tiles around its own."""
 _TILES_AROUND = 3
-_SEARCH_ROUNDS = 2
-_SEARCH_GAIN = 0.005
+_CLUSTERS = range(1, 12)
+_CUSTOMS = range(10)
+_KEPT = 8
+"""Of all tiles and clusters, those that are tried with other options."""
+_FOUND = 2
+"""Results of a search."""
 _FORMAT = 2
 _CANDIDATES = 8  # the library knows no more for these shapes
 _SPLITS = (2, 3, 4)
@@ -49,7 +53,7 @@ _AGREE = 0.01
 work, and what is chosen beside it would stay on disk."""
 _LEAST_GAIN = 0.02
 """Share of torch's time that an algorithm must save: measurements scatter by about half of this."""
-_HEAD_START_CYCLES = 400_000  # the host launches all before the device begins
+_HEAD_START_CYCLES = 200_000  # the host launches all, or nearly, before the device begins
 
 
 Choice = tuple[Product, Algorithm]
@@ -165,16 +169,14 @@ class _Tuning:
         searched = [tokens for tokens in self._points if tokens % _SEARCHED_EVERY == 0]
         done, total = 0, len(self._matrices) * (len(self._points) + len(searched))
         for shape, matrices in self._matrices.items():
-            pool: dict[int, str] = {}
+            pool: dict[int, list[Algorithm]] = {}
             for tokens in searched:
-                found = self._bench(shape, matrices, tokens).search()
-                if found is not None:
-                    pool[tokens] = found.code.hex()
+                pool[tokens] = self._bench(shape, matrices, tokens).search()
                 done += 1
                 progress(done, total)
             for tokens in self._points:
-                near = sorted(pool, key=lambda other, here=tokens: abs(other - here))[:_POOL]  # type: ignore[misc]
-                best = self._bench(shape, matrices, tokens).best([pool[other] for other in near])
+                near = sorted(pool, key=lambda other, here=tokens: abs(other - here))[:_NEAR]  # type: ignore[misc]
+                best = self._bench(shape, matrices, tokens).best([one for other in near for one in pool[other]])
                 if best is not None:
                     codes[_name(shape, tokens)] = best.code.hex()
                 done += 1
@@ -208,12 +210,13 @@ class _Bench:
         self._x = torch.randn(tokens, k, device=like.device).to(like.dtype)
         self._out = torch.zeros(tokens, n, device=like.device, dtype=like.dtype)
 
-    def best(self, codes: Iterable[str]) -> Algorithm | None:
-        """The fastest of the library's proposals and of ``codes``; None where torch is as fast, or nearly."""
-        others = [self._product.checked(bytes.fromhex(code)) for code in codes]
-        candidates = self._fitting([*self._proposed(), *(one for one in others if one is not None)])
-        ranked = self._ranked(candidates)[:_FINALISTS]
-        finalists = [one for _, one in ranked if self._right(one)]
+    def best(self, found: Iterable[Algorithm]) -> Algorithm | None:
+        """The fastest of the library's proposals and of what was ``found`` at counts nearby, with tiles around its own;
+        None where torch is as fast, or nearly."""
+        candidates = self._proposed()
+        for one in found:
+            candidates += self._with_tiles(one, self._around([one]))
+        finalists = [one for _, one in self._ranked(candidates)[:_FINALISTS] if self._right(one)]
         if not finalists:
             return None
         rounds: list[list[float]] = []
@@ -223,36 +226,44 @@ class _Bench:
         fastest = min(range(len(times)), key=times.__getitem__)
         return finalists[fastest] if times[fastest] < torch_us * (1 - _LEAST_GAIN) else None
 
-    def search(self) -> Algorithm | None:
-        """The fastest of those that differ step by step from the best of the proposals; None where there are none."""
-        ranked = self._ranked(self._fitting(self._proposed()))
-        if not ranked:
-            return None
-        numbers = {tile for _, one in ranked if (tile := self._product.tile(one)) is not None}
-        tiles = sorted({tile + by for tile in numbers for by in range(-_TILES_AROUND, _TILES_AROUND + 1)})
-        best = ranked[0][1]
-        best_us = self._us(best, _FINAL_LAYERS)
-        for _ in range(_SEARCH_ROUNDS):
-            before = best
-            for neighbours in self._product.neighbours(best, tiles):
-                for us, one in self._ranked(self._fitting(neighbours))[:1]:
-                    if us < best_us and (again := self._us(one, _FINAL_LAYERS)) < best_us * (1 - _SEARCH_GAIN):
-                        best, best_us = one, again
-            if best is before:
-                break
-        return best
+    def search(self) -> list[Algorithm]:
+        """The fastest of those around the proposals: all tiles near theirs with all clusters, the best of these with
+        all custom options, and the best of these with the sum split. The library proposes few of them by itself."""
+        product, proposed = self._product, self._proposed()
+        tiles, bases = self._around(proposed), {product.custom(one): product.split(one, 1) for one in proposed[::-1]}
+        grid = [
+            product.changed(one, tile=tile, cluster=cluster)
+            for one in bases.values()
+            if one is not None
+            for tile in tiles
+            for cluster in _CLUSTERS
+        ]
+        best = [one for _, one in self._ranked([*proposed, *grid])[:_KEPT]]
+        others = [product.changed(one, custom=custom) for one in best for custom in _CUSTOMS]
+        best = [one for _, one in self._ranked([*best, *others])[:_KEPT]]
+        others = [product.split(one, parts) for one in best[:_SPLIT_FIRST] for parts in (1, *_SPLITS)]
+        finalists = self._ranked([*best, *others])[:_KEPT]
+        final = sorted(((self._us(one, _FINAL_LAYERS), one) for _, one in finalists), key=lambda each: each[0])
+        return [one for _, one in final[:_FOUND]]
+
+    def _around(self, algorithms: Iterable[Algorithm]) -> list[int]:
+        """The numbers of tiles like those of these algorithms."""
+        numbers = {tile for one in algorithms if (tile := self._product.tile(one)) is not None}
+        return sorted({tile + by for tile in numbers for by in range(-_TILES_AROUND, _TILES_AROUND + 1)})
+
+    def _with_tiles(self, algorithm: Algorithm, tiles: Iterable[int]) -> list[Algorithm]:
+        changed = [self._product.changed(algorithm, tile=tile) for tile in tiles]
+        return [one for one in changed if one is not None]
 
     def _proposed(self) -> list[Algorithm]:
         candidates = self._product.candidates(_CANDIDATES, WORKSPACE_BYTES)
         splits = [self._product.split(one, parts) for one in candidates[:_SPLIT_FIRST] for parts in _SPLITS]
         return candidates + [one for one in splits if one is not None]
 
-    def _fitting(self, algorithms: Iterable[Algorithm]) -> list[Algorithm]:
-        return list(dict.fromkeys(one for one in algorithms if one.workspace <= WORKSPACE_BYTES))
-
-    def _ranked(self, algorithms: Iterable[Algorithm]) -> list[tuple[float, Algorithm]]:
-        """Those that run, by a first look at their time."""
-        timed = [(self._us(one, _SCREEN_LAYERS), one) for one in algorithms]
+    def _ranked(self, algorithms: Iterable[Algorithm | None]) -> list[tuple[float, Algorithm]]:
+        """Those that exist, have room and run, by a first look at their time."""
+        fitting = dict.fromkeys(one for one in algorithms if one is not None and one.workspace <= WORKSPACE_BYTES)
+        timed = [(self._us(one, _SCREEN_LAYERS), one) for one in fitting]
         return sorted((each for each in timed if each[0] < math.inf), key=lambda each: each[0])
 
     def _us(self, algorithm: Algorithm, layers: int) -> float:

@@ -20,7 +20,7 @@ from typing import Any
 
 from jitgraph.errors import ConfigError, JitgraphError
 from jitgraph.idle import IdleThread
-from jitgraph.ipc.frames import ProtocolError, encode
+from jitgraph.ipc.frames import ProtocolError, client_framer, encode
 from jitgraph.ipc.messages import (
     AskStats,
     Cancel,
@@ -40,7 +40,7 @@ from jitgraph.server.client_errors import EngineGone, RequestRefused, refusal, u
 from jitgraph.server.client_handoff import Handoff, Mailbox
 from jitgraph.server.client_opening import Opened, open_connection
 from jitgraph.server.client_records import check_tokens, loss
-from jitgraph.server.client_text import RemoteLive, take_record
+from jitgraph.server.client_text import RemoteLive, practise, take_record
 from jitgraph.types import FinishReason
 
 SILENT_S = 10.0
@@ -90,6 +90,7 @@ class Link:
         self._quiet_s = 0.0
         self._take_over(open_connection(path, on_start, timeout_s, appear_s))
         self._spin_s = polling_s(spin_s, self.ready.facts.device, FOR_AN_ANSWER_S)
+        self._practice = client_framer()
         self._handoff = Handoff(self._read)
         self._keeper = IdleThread(self._keep)
         self._keeper.wake()
@@ -164,6 +165,8 @@ class Link:
                     raise
             finally:
                 self._unbooked = 0
+            if self._spin_s:
+                practise(live, self._practice)  # the engine is at work, and there is time until it is done
             self._drop_abandoned()
         return live
 

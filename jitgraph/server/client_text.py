@@ -10,15 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jitgraph.errors import CheckpointError, JitgraphError, RequestError
-from jitgraph.ipc.messages import EngineFacts, Tokens, WireLogprobs
+from jitgraph.ipc.frames import Framer, encode
+from jitgraph.ipc.messages import EngineFacts, FromEngine, Tokens, WireLogprobs
 from jitgraph.ipc.messages import Grammar as WireGrammar
 from jitgraph.server.client_handoff import Mailbox
-from jitgraph.server.client_records import FINISH_REASONS, submit_frame
+from jitgraph.server.client_records import FINISH_REASONS, check_tokens, submit_frame
 from jitgraph.stream import DETOKENIZER_TAIL, Live
 from jitgraph.text.detokenize import IncrementalDetokenizer
 from jitgraph.text.prompts import Prompt, token_ids
 from jitgraph.text.tokenizer import Tokenizer, find_tokenizer
 from jitgraph.types import PromptLogprobs, Request, TokenChunk, TokenLogprobs
+
+_FIRST = encode(Tokens(1, (1,), (1,)))
 
 
 @dataclass(eq=False)
@@ -121,6 +124,16 @@ def request_frame(request: Request, timeout_s: float = 0.0) -> bytes:
         wire_grammar(request),
         timeout_s,
     )
+
+
+def practise(live: RemoteLive, framer: Framer[FromEngine]) -> None:
+    """Does for nothing what the first token of a request will need, so that the processor has it at hand: code that has
+    not run for a while takes several times as long. ``framer`` is for nothing else."""
+    other = RemoteLive(live.request, live.submitted_ns, tokenizer=live.tokenizer)
+    for record in framer.feed(_FIRST):
+        if type(record) is Tokens:
+            check_tokens(record)
+            take_record(other, record, live.submitted_ns)
 
 
 def _from_wire(wire: WireLogprobs | None) -> TokenLogprobs | None:
