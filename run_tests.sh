@@ -10,6 +10,7 @@ root="$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 python="$("$root/scripts/setup_env.sh" dev)"
 cd "$root"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+unset PYTHONDONTWRITEBYTECODE # set in many containers: each of the processes that tests start would compile all it imports
 
 has() { "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)' "$1"; }
 

@@ -67,8 +67,9 @@ PYTHON
 
 pin() { sed -n "s/^\($1==[^; ]*\).*/\1/p" "$root/constraints.txt" | head -n 1; }
 
-# Without --no-compile pip compiles every module of every package; most are never imported, and Python does it itself.
-install() { "$python" -m pip install --disable-pip-version-check --no-compile -c constraints.txt "$@" >&2; }
+# The checks import a fraction of the modules that pip would compile, and run_tests.sh has Python keep what it compiles.
+compile="$([[ "$purpose" == dev ]] && echo --no-compile || echo --compile)"
+install() { "$python" -m pip install --disable-pip-version-check "$compile" -c constraints.txt "$@" >&2; }
 
 if ! usable "$python" || ! "$python" -m pip --version >/dev/null 2>&1; then
     make_venv

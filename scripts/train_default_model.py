@@ -57,7 +57,7 @@ class Plan:
     kv_heads: int = 2
     context: int = 1024
     batch: int = 64
-    steps: int = 3000
+    steps: int = 450
     peak_rate: float = 3e-3
     last_rate: float = 1e-4
     warm_up: int = 200

@@ -204,7 +204,10 @@ def compile_attention(cases: Cases, layout: Layout, slots: SlotTable, tokens: in
     cases.run(attention.prefill_attention, q, cache, cache, *where, q, of_chunk)
     if not (layout.qk_norm or layout.dynamic or layout.rolling):
         chunk = (qkv, positions, token_slot, slots, rope, cache, cache, scale, layout.window, q)
-        cases.run(prefill_fused.rope_prefill_attention, *chunk)
+        words = prefill_fused.partial_words(layout.heads, layout.head_dim)
+        arrivals = prefill_fused.arrival_words(layout.heads)
+        scratch = SplitScratch(cases.floats(words), cases.ints(arrivals))
+        cases.run(prefill_fused.rope_prefill_attention, *chunk, scratch)
 
 
 def rolling_window(cases: Cases, layout: Layout, rope: Rope, rows: int) -> Rolling | None:

@@ -145,7 +145,7 @@ SPLIT = [
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 @pytest.mark.parametrize("chunk", SPLIT)
 def test_programs_share_a_long_context(device: torch.device, layout: tuple[int, int, int], chunk: Chunk) -> None:
-    assert prefill_fused.fused_splits(chunk.tokens, layout[0]) > 1
+    assert prefill_fused.fused_splits(chunk.tokens) > 1
     _check(device, layout, torch.float16, chunk, page=64)
 
 
@@ -245,7 +245,7 @@ def test_fused_classes_stand_for_all_sizes(heads: int, chunk: int) -> None:
 
         def kind(tokens: int, dh: int = dh, dtype: torch.dtype = dtype) -> tuple[object, ...]:
             tile = prefill_fused.fused_tile(tokens, heads, dh, dtype)
-            splits = prefill_fused.fused_splits(tokens, heads)
+            splits = prefill_fused.fused_splits(tokens)
             return tile, splits, tokens == 1, tokens % 16 == 0, tokens <= PDL_TOKENS
 
         assert {kind(tokens) for tokens in classes} == {kind(tokens) for tokens in range(1, chunk + 1)}

@@ -66,6 +66,7 @@ def test_a_blocking_client_polls_beside_a_gpu(
 ) -> None:
     tmp_path.chmod(0o700)
     with ScriptedEngine(tmp_path / "e.sock", device=device), Client(tmp_path / "e.sock") as client:
+        client._link._keeper.stop()  # it might read the answer
         spins, spin = [], client._link._spin
         monkeypatch.setattr(client._link, "_spin", lambda poller: (spins.append(1), spin(poller))[1])
         assert client.generate([5], SamplingParams(max_tokens=3))[0].token_ids == (5, 6, 7)

@@ -21,21 +21,21 @@ from jitgraph.ops.pdl import PDL_TOKENS, pdl_options
 from jitgraph.ops.prefill_fused_kernels import rope_prefill_attention_kernel
 from jitgraph.ops.reference import Rope
 from jitgraph.ops.reference_linear import SplitScratch
-from jitgraph.ops.reference_prefill import JOINED_TOKENS
 from jitgraph.ops.slots import SlotTable
 
 _WGMMA_ARCH = 90
 _ENOUGH_PROGRAMS = 64
 """About half the multiprocessors of an H200: with fewer programs, smaller ones are faster."""
-_FILL_PROGRAMS = 256
-"""About two for each multiprocessor; more would have to wait for one another."""
-_MAX_SPLITS = 8
+_SPLITS = 4
+"""Programs that may share the context of a block of queries."""
+_SPLIT_TOKENS = 64
+"""Tokens of a chunk up to which they do; more have programs enough, and the same tokens have smaller tiles."""
 _MIN_KEYS_PER_SPLIT = 256
 """Keys of the context that make another program worth its merge, on average."""
 _MOST_ROWS = 32
 """Queries of the largest of all tiles."""
-_SPLIT_ROWS = 16
-"""Queries of a program, as far as the number of splits goes: it may not depend on more than tokens and heads."""
+_LEAST_ROWS = 16
+"""Queries of the smallest."""
 
 
 def fused_tile(tokens: int, num_heads: int, dh: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
@@ -56,26 +56,23 @@ def fused_tile(tokens: int, num_heads: int, dh: int, dtype: torch.dtype) -> tupl
     return (16, 64, 8, 1) if few else (32, 64, 8, 1)
 
 
-def fused_splits(tokens: int, num_heads: int) -> int:
-    """Programs that may share the context of a block of queries: a power of two, so many that all fit the device."""
-    if tokens > JOINED_TOKENS:
-        return 1  # nobody asks for it
-    programs = num_heads * ceil_div(tokens, _SPLIT_ROWS)
-    return 1 << (max(1, min(_MAX_SPLITS, _FILL_PROGRAMS // programs)).bit_length() - 1)
+def fused_splits(tokens: int) -> int:
+    """Programs that may share the context of a block of queries. Those that a chunk does not need leave at once."""
+    return _SPLITS if tokens <= _SPLIT_TOKENS else 1
 
 
 def partial_words(num_heads: int, dh: int) -> int:
     """float32 words of ``SplitScratch.partial`` that chunks of any length need, whatever the dtype."""
-    return max(_block_words(tokens, num_heads, dh, _MOST_ROWS) for tokens in range(1, JOINED_TOKENS + 1))
+    return max(_block_words(tokens, num_heads, dh, _MOST_ROWS) for tokens in range(1, _SPLIT_TOKENS + 1))
 
 
 def arrival_words(num_heads: int) -> int:
     """int32 words of ``SplitScratch.arrivals`` for the same."""
-    return num_heads * ceil_div(JOINED_TOKENS, _SPLIT_ROWS)
+    return num_heads * ceil_div(_SPLIT_TOKENS, _LEAST_ROWS)
 
 
 def _block_words(tokens: int, num_heads: int, dh: int, block_m: int) -> int:
-    splits = fused_splits(tokens, num_heads)
+    splits = fused_splits(tokens)
     rows = num_heads * ceil_div(tokens, block_m) * block_m
     return rows * splits * (_block_d(dh) + 2) if splits > 1 else 0
 
@@ -93,7 +90,7 @@ def fused_classes(num_heads: int, chunk_tokens: int) -> tuple[int, ...]:
     least: dict[tuple[tuple[int, ...], int, bool, bool, bool], int] = {}
     for tokens in range(1, chunk_tokens + 1):
         tile = fused_tile(tokens, num_heads, 128, torch.float16)
-        splits = fused_splits(tokens, num_heads)
+        splits = fused_splits(tokens)
         least.setdefault((tile, splits, tokens <= PDL_TOKENS, tokens == 1, tokens % 16 == 0), tokens)
     return tuple(least.values())
 
@@ -126,7 +123,7 @@ def rope_prefill_attention(
     assert dh % 2 == 0 and rope.cos_sin.shape[1] == dh and rope.cos_sin.shape[0] >= tokens
     assert not rope.dynamic_original, "frequencies that depend on the length are for rope_append"
     block_m, block_n, warps, stages = fused_tile(tokens, hq, dh, qkv.dtype)
-    blocks, splits = ceil_div(tokens, block_m), fused_splits(tokens, hq)
+    blocks, splits = ceil_div(tokens, block_m), fused_splits(tokens)
     assert scratch.partial.numel() >= _block_words(tokens, hq, dh, block_m)
     assert splits == 1 or scratch.arrivals.numel() >= hq * blocks
     rope_prefill_attention_kernel[(hq, blocks, splits)](
