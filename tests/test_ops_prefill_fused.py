@@ -133,12 +133,12 @@ def test_sizes(device: torch.device, layout: tuple[int, int, int], chunk: Chunk)
 
 
 SPLIT = [
-    Chunk(20, 20, start=2000),  # as many programs as may be
+    Chunk(20, 20, start=800),  # as many programs as may be
     Chunk(16, 11, start=257),  # two
     Chunk(16, 16, start=256),  # one: the context is not worth another
     Chunk(40, 20, start=700),  # a block of nothing but padding
     Chunk(20, 20, start=600, window=300),
-    Chunk(20, 17, start=1500, window=9),  # most parts of the context are seen by nobody
+    Chunk(20, 17, start=800, window=9),  # most parts of the context are seen by nobody
 ]
 
 
