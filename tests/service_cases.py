@@ -180,6 +180,7 @@ class Counting:
     armed: bool = False
     capturing: bool = False
     pieces: int = 0
+    rehearsed: int = 0
     news: list[TokenChunk] = field(default_factory=list)
     gate: threading.Semaphore | None = None
     """Where there is one, each step takes one."""
@@ -200,6 +201,9 @@ class Counting:
         self.armed = False
         self.fired.append(sum(ids))
         return object()
+
+    def rehearse(self) -> None:
+        self.rehearsed += 1
 
     def book(self, request: Request, shot: Any) -> None:
         self.booked.append(request.request_id)

@@ -63,8 +63,9 @@ def fire(engine: Engine, identity: int, ids: tuple[int, ...], one: SamplingParam
 
 
 def fired(engine: Engine, ids: tuple[int, ...], one: SamplingParams) -> Bits:
-    """What a request gets by the shortest way."""
+    """What a request gets by the shortest way, of which a rehearsal leaves nothing behind."""
     arm(engine)
+    engine.rehearse()
     assert fire(engine, 0, ids, one)
     chunks: dict[int, list[TokenChunk]] = {}
     finish(engine, chunks)

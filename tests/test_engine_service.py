@@ -906,18 +906,18 @@ def test_an_engine_that_polls_practises_on_nobody(tmp_path: Path, polls: bool) -
     """It reads and writes for nothing while it polls, and a beat goes the way of a first token ahead of it. No request
     comes of it, and one that sleeps does nothing of the kind."""
     with serving(tmp_path, spin_s=0.3 if polls else 0.0) as served:
-        practice, engine = served.service._practice, served.engine
+        engine = served.engine
         talk = served.talk()
         with mock.patch.object(served.service, "_rehearse", wraps=served.service._rehearse) as rehearse:
             talk.submit(1, [5], max_tokens=2)
             assert talk.answer(1) == (counted([5], 2), "length")
             assert rehearse.call_count == polls
         if polls:
-            begun_s = time.monotonic()
-            wait_for(lambda: practice._again_s > begun_s + 5 * EVERY_S, "it goes on while it polls")
+            before = engine.rehearsed
+            wait_for(lambda: engine.rehearsed >= before + 5, "it goes on while it polls")
         time.sleep(0.4)
-        at_rest = practice._again_s
+        at_rest = engine.rehearsed
         time.sleep(10 * EVERY_S)
-        assert practice._again_s == at_rest, "and ends with the polling"
-        assert polls or at_rest == 0.0
+        assert engine.rehearsed == at_rest, "and ends with the polling"
+        assert polls or at_rest == 0
         assert engine.fired == [5] and talk.stats()["requests"] == {"length": 1}

@@ -49,6 +49,9 @@ class Echo:
     def fire(self, ids: tuple[int, ...], params: Any, *_: Any) -> object:
         return None if self._waiting else self
 
+    def rehearse(self) -> None:
+        pass
+
     def book(self, request: Any, shot: object) -> None:
         self.enqueue(request)
 

@@ -152,6 +152,11 @@ class Engine:
             self._recover()
             raise
 
+    def rehearse(self) -> None:
+        """Goes the way of ``fire`` up to the launch, for nothing; for the thread that owns the idle engine."""
+        if not self.busy:
+            self._express.rehearse()
+
     def book(self, request: Request, shot: Shot) -> None:
         """Takes a request that ``fire`` has launched into the books, and launches what comes next."""
         try:

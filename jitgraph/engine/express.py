@@ -23,6 +23,8 @@ from jitgraph.ops.inbox import HEADER
 from jitgraph.ops.slots import BLOCK_TABLE, SCALARS, STOP_IDS
 from jitgraph.types import MAX_STOP_TOKEN_IDS, SamplingParams
 
+_REHEARSED = SamplingParams(seed=0)
+
 
 @dataclass(frozen=True)
 class Shot:
@@ -102,6 +104,26 @@ class Express:
     def fire(self, ids: Sequence[int], params: SamplingParams, salt: str = "") -> Shot | None:
         """Launches the whole prompt, or what the cache has not of it, as one step; None, with nothing done, where it
         must go the ordinary way."""
+        found = self._prepare(ids, params, salt)
+        if found is None:
+            return None
+        way, chain = found
+        self._row, self.unbooked = -1, True
+        way.replay()
+        return Shot(way.shot.wanted, way.shot.decision, chain) if chain else way.shot
+
+    def rehearse(self) -> None:
+        """Does all of ``fire`` but the launch, for a prompt as long as one that came before, so that the processor has
+        it at hand; nothing comes of it. Only while nothing runs."""
+        row, count = self._row, next(reversed(self._ways), 0)
+        if row < 0 or not count or self._ways[count].generation != self._runner.generation:
+            return
+        self._prepare((0,) * count, _REHEARSED, "")
+        table, words = row + 4 * (HEADER + BLOCK_TABLE), self._upcoming  # shorter prompts leave the rest of it empty
+        self._runner.inbox[table : table + 4 * len(words)] = memoryview(words).cast("B")
+
+    def _prepare(self, ids: Sequence[int], params: SamplingParams, salt: str) -> tuple[_Way, Chain | None] | None:
+        """The checks, and the inbox's row; None where the prompt must go the ordinary way."""
         row, count = self._row, len(ids)
         if row < 0 or params.stop_token_ids or params.logit_bias or set(map(type, ids)) != {int}:
             return None
@@ -148,9 +170,7 @@ class Express:
         inbox[table + 4 * pages : table + 4 * self._pages] = self._zeros[: 4 * (self._pages - pages)]
         first = row + self._runner.prompt_offset
         inbox[first : first + 4 * len(words)] = memoryview(words).cast("B")
-        self._row, self.unbooked = -1, True
-        way.replay()
-        return Shot(way.shot.wanted, way.shot.decision, chain) if chain else way.shot
+        return way, chain
 
     def _lay(self, table: int, chain: Chain, pages: int) -> None:
         """Writes a block table that begins with cached pages at byte ``table``. Those that follow are what will be

@@ -134,7 +134,7 @@ class Service:
         self._tidy = tidy
         limits = Limits(facts.max_streams, options.max_queued, facts.max_model_len)
         self._requests = Requests(engine, hub, limits, self.figures, self._failed, grammars)
-        self._practice = Practice(RequestReader(facts.max_model_len))
+        self._practice = Practice(RequestReader(facts.max_model_len), engine.rehearse)
         self._end_at_s: float | None = None
         self._fatal: str | None = None
         self._failure: Exception | None = None
@@ -166,6 +166,7 @@ class Service:
         if self._fatal is None:
             self._requests.end_all("draining", "the engine process ended before this request was done")
         self._hub.close(self._fatal or "the engine process has ended as it was told to")
+        self._practice.close()
         return self._fatal
 
     def _over(self) -> bool:
