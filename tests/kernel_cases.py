@@ -20,7 +20,7 @@ import torch
 from jitgraph import ops
 from jitgraph.jit.compile_only import CompileReport, compile_only
 from jitgraph.jit.kernel import Kernel
-from jitgraph.ops import attention, elementwise, linear, prefill_fused, sampling
+from jitgraph.ops import attention, elementwise, linear, prefill_chunk, prefill_fused, sampling
 from jitgraph.ops.inbox import InboxLayout
 from jitgraph.ops.reference import Rolling, Rope
 from jitgraph.ops.reference_linear import SplitScratch
@@ -202,6 +202,10 @@ def compile_attention(cases: Cases, layout: Layout, slots: SlotTable, tokens: in
         cases.run(elementwise.rope_append, qkv, norm, norm, 1e-6, positions, token_slot, *to, of_rows)
     where = (positions, token_slot, slots, scale, layout.window)
     cases.run(attention.prefill_attention, q, cache, cache, *where, q, of_chunk)
+    if not layout.rolling:
+        to_itself = (slots, rope, cache, cache, None)
+        cases.run(elementwise.rope_append, qkv, norm, norm, 1e-6, positions, token_slot, *to_itself)
+        cases.run(prefill_chunk.chunk_attention, qkv, cache, cache, *where, q)
     if not (layout.qk_norm or layout.dynamic or layout.rolling):
         chunk = (qkv, positions, token_slot, slots, rope, cache, cache, scale, layout.window, q)
         words = prefill_fused.partial_words(layout.heads, layout.head_dim)

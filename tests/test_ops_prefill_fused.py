@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import pytest
 import torch
-from ops_cases import DTYPES, LAYOUTS, Paged, close, make_paged
+from ops_cases import DTYPES, LAYOUTS, close
+from prefill_cases import Chunk, Inputs, chunk_inputs, rope_table
 
 from jitgraph.config import interpreting
 from jitgraph.model.decoder import Decoder, KVWindow
@@ -16,55 +16,10 @@ from jitgraph.model.packing import allocate_weights
 from jitgraph.model.presets import preset_config
 from jitgraph.ops import elementwise, prefill_fused, reference, reference_prefill
 from jitgraph.ops.pdl import PDL_TOKENS
-from jitgraph.ops.reference import Rope
 from jitgraph.ops.reference_linear import SplitScratch
 from jitgraph.ops.select import prompt_classes, select_ops
 
 Tile = tuple[int, int, int, int]
-
-
-class Chunk(NamedTuple):
-    """A chunk of slot 1: ``real`` of ``tokens`` tokens are not padding."""
-
-    tokens: int
-    real: int
-    start: int = 0
-    window: int = 0
-
-
-class Inputs(NamedTuple):
-    paged: Paged
-    qkv: torch.Tensor
-    positions: torch.Tensor
-    token_slot: torch.Tensor
-    rope: Rope
-
-
-def _rope(dh: int, positions: int, device: torch.device) -> Rope:
-    frequency = 10000.0 ** -(torch.arange(0, dh, 2, device=device).float() / dh)
-    angle = torch.arange(positions, device=device).float()[:, None] * frequency
-    return Rope(torch.cat((angle.cos(), angle.sin()), dim=1))
-
-
-def _inputs(
-    device: torch.device, layout: tuple[int, int, int], dtype: torch.dtype, chunk: Chunk, page: int = 8
-) -> Inputs:
-    """A cache with the tokens before the chunk. The cells of the chunk, and all that no token has, are NaN; so is the
-    K and V of padding, which nothing may be multiplied with."""
-    hq, hkv, dh = layout
-    tokens, real, start, _ = chunk
-    paged = make_paged([3, start + real], hkv, dh, dtype, device, page=page)
-    for position in range(start, start + real):
-        cell = int(paged.slots.block_table()[1, position // page]), position % page
-        for k, v, unwritten in ((paged.k, paged.v, torch.nan), (paged.k0, paged.v0, 0.0)):
-            k[cell], v[cell] = unwritten, unwritten
-    index = torch.arange(tokens, dtype=torch.int32, device=device)
-    positions = torch.where(index < real, start + index, 0).int()
-    token_slot = torch.where(index < real, 1, paged.slots.dummy).int()
-    generator = torch.Generator().manual_seed(7)  # the same first tokens whatever the padding
-    qkv = torch.randn(tokens, (hq + 2 * hkv) * dh, generator=generator).to(dtype).to(device)
-    qkv[real:] = torch.nan
-    return Inputs(paged, qkv, positions, token_slot, _rope(dh, start + tokens + 1, device))
 
 
 def _scratch(layout: tuple[int, int, int], device: torch.device) -> SplitScratch:
@@ -88,7 +43,7 @@ def _fused(inputs: Inputs, layout: tuple[int, int, int], chunk: Chunk) -> tuple[
 
 def _check(device: torch.device, layout: tuple[int, int, int], dtype: torch.dtype, chunk: Chunk, page: int = 8) -> None:
     dh = layout[2]
-    inputs = _inputs(device, layout, dtype, chunk, page)
+    inputs = chunk_inputs(device, layout, dtype, chunk, page)
     paged, qkv, positions, token_slot, rope = inputs
     out, k, v = _fused(inputs, layout, chunk)
     where = (positions, token_slot, paged.slots, rope)
@@ -152,7 +107,7 @@ def test_programs_share_a_long_context(device: torch.device, layout: tuple[int, 
 def test_shared_contexts_give_the_same_bits_again(device: torch.device) -> None:
     """Whoever arrives last adds in the order of the parts."""
     layout, chunk = LAYOUTS[0], SPLIT[0]
-    inputs = _inputs(device, layout, torch.float16, chunk, page=64)
+    inputs = chunk_inputs(device, layout, torch.float16, chunk, page=64)
     first = _fused(inputs, layout, chunk)[0]
     for _ in range(1 if device.type == "cpu" else 50):
         assert torch.equal(_fused(inputs, layout, chunk)[0], first)
@@ -185,7 +140,7 @@ def test_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch, tile: Tile
 
 def test_keys_below_the_window_are_not_read(device: torch.device) -> None:
     layout, chunk = (2, 2, 16), Chunk(8, 8, start=16, window=8)
-    inputs = _inputs(device, layout, torch.float32, chunk)
+    inputs = chunk_inputs(device, layout, torch.float32, chunk)
     first_page = int(inputs.paged.slots.block_table()[1, 0])
     inputs.paged.k[first_page], inputs.paged.v[first_page] = torch.nan, torch.nan
     assert torch.isfinite(_fused(inputs, layout, chunk)[0]).all()
@@ -200,7 +155,7 @@ def test_padding_does_not_change_the_bits(
     layout, found = (2, 1, 16), []
     for tokens in (75, 80, 160):
         chunk = Chunk(tokens, 75, start)
-        out, k, v = _fused(_inputs(device, layout, torch.float16, chunk), layout, chunk)
+        out, k, v = _fused(chunk_inputs(device, layout, torch.float16, chunk), layout, chunk)
         found.append((out[:75], k.nan_to_num(7.0), v.nan_to_num(7.0)))
     for padded in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(padded, found[0], strict=True))
@@ -209,7 +164,7 @@ def test_padding_does_not_change_the_bits(
 def test_a_prompt_in_chunks_is_the_prompt(device: torch.device) -> None:
     """Each chunk reads from the cache what the ones before it appended."""
     layout, whole = (4, 2, 16), Chunk(90, 90)
-    inputs = _inputs(device, layout, torch.float32, whole)
+    inputs = chunk_inputs(device, layout, torch.float32, whole)
     out, k, v = _fused(inputs, layout, whole)
     cache, parts = (inputs.paged.k.clone(), inputs.paged.v.clone()), []
     for at in (slice(0, 40), slice(40, 41), slice(41, 90)):
@@ -227,7 +182,7 @@ def test_a_prompt_in_chunks_is_the_prompt(device: torch.device) -> None:
 def test_a_step_of_padding_alone_is_finite(device: torch.device) -> None:
     """As a warm-up runs it: token 0 is the dummy's, and only its page is written."""
     layout, chunk = (2, 2, 16), Chunk(20, 20)
-    inputs = _inputs(device, layout, torch.float32, chunk)
+    inputs = chunk_inputs(device, layout, torch.float32, chunk)
     inputs.positions.zero_()
     inputs.token_slot.fill_(inputs.paged.slots.dummy)
     out, k, v = _fused(inputs, layout, chunk)
@@ -263,7 +218,7 @@ def test_where_it_is_used(device: torch.device) -> None:
 
     spec = spec_from_config(preset_config("tiny"), "tiny")
     weights = allocate_weights(spec, torch.device("cpu"), torch.float32)
-    plain = Decoder(spec, weights, _rope(spec.head_dim, 4, device), ops)
+    plain = Decoder(spec, weights, rope_table(spec.head_dim, 4, device), ops)
     assert plain.one_launch is ops.rope_prefill_attention
     assert replace(plain, spec=replace(spec, qk_norm=True)).one_launch is None
     assert replace(plain, window=KVWindow(4, 8)).one_launch is None

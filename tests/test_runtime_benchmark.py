@@ -63,6 +63,8 @@ def test_every_part_runs_and_proves_what_it_says(quick: Path) -> None:
     assert set(found["ttft_over_linears"]) == set(map(str, QUICK.lengths))
     assert (found["unseen_first_padded"], found["unseen_later_exact"]) == (QUICK.unseen_lengths, QUICK.unseen_lengths)
     assert found["captures_beside_tokens"] == QUICK.capture_graphs
+    assert found["isolated_unseen_first_padded"] == found["isolated_unseen_later_exact"] == QUICK.unseen_lengths
+    assert set(found["isolated_ttft_over_linears"]) == set(map(str, QUICK.lengths))
     assert found["compiles_after_ready"] == found["captures_on_request_path"] == 0
     assert found["sweep_requests"] == 4 * len(QUICK.sweep_lengths)
     used = raw["sweep"]["counters"]["decode_graphs_used"]
@@ -162,6 +164,20 @@ def known() -> dict[str, dict[str, Any]]:
             unseen,
             repeats=3,
         ),
+        "isolated": part(
+            {
+                **{name: {n: [4.0, 4.2] for n in lengths} for name in ("client_here", "linears")},
+                "client": {n: [4.1, 4.3] for n in lengths},
+                "gaps": [[4.0, 4.2]],
+                "linears_1": [4.0],
+                "tail_client": [5.0] * 1000,
+                "tail_gaps": [[4.0] * 100] * 100,
+                "first": {"7": 5.5},
+                "exact": {"7": [5.0, 5.0, 9.0]},
+            },
+            unseen,
+            repeats=3,
+        ),
         "sweep": part({}, {"compiles": 0, "blocking_captures": 0, "requests": 2048}),
         "soak": part({"memory": look}, soak, growth_after_cycle=500),
         "ready": part({"cold_s": [30.0], "warm_s": [6.0, 8.0]}),
@@ -187,6 +203,10 @@ def test_figures_of_known_samples() -> None:
     assert found["itl_p99_capturing_over_idle"] == 1.0 and found["captures_beside_tokens"] == 50
     assert found["itl_capturing_tokens"] == 8 * 50, "only the gaps up to the last capture count"
     assert found["unseen_length_over_exact"] == 1.1 and found["unseen_later_exact"] == 50
+    assert found["isolated_ttft_added_us"] == pytest.approx(100) and found["isolated_ttft_ms"]["10"] == 4.2
+    assert found["isolated_ttft_over_linears"]["10"] == pytest.approx(4.2 / 4.1, rel=1e-5)
+    assert found["isolated_decode_over_linears"] == 1.025 and found["isolated_unseen_length_over_exact"] == 1.1
+    assert (found["isolated_unseen_first_padded"], found["isolated_unseen_later_exact"]) == (50, 50)
     assert (found["soak_reserved_growth_bytes"], found["soak_device_growth_mib"], found["graphs_50_mib"]) == (
         0,
         4.0,

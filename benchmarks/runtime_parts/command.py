@@ -15,7 +15,7 @@ from jitgraph.bench.model_facts import model_facts
 from jitgraph.bench.protocol import still_collector
 from jitgraph.bench.records import prepare_folder
 from jitgraph.errors import ConfigError, JitgraphError
-from runtime_parts import host, latency, long, ready, record, rolling, show, steady
+from runtime_parts import host, isolated, latency, long, ready, record, rolling, show, steady
 from runtime_parts.lab import Lab, Result
 from runtime_parts.scale import FULL, QUICK, Scale
 
@@ -40,7 +40,8 @@ PARTS = {
     "soak": Part(steady.soak, 110),
     "window": Part(long.window, 80),
     "invariant": Part(long.invariant, 15),
-    "ready": Part(ready.ready, 40),
+    "isolated": Part(isolated.isolated, 200),
+    "ready": Part(ready.ready, 70),
     "host": Part(host.host, 30),
 }
 """In the order in which they run; *host* slows down what comes after it, so it is the last."""

@@ -130,6 +130,27 @@ def _unseen(part: Part) -> dict[str, Any]:
     }
 
 
+# ------------------------------------------------------------------------------------------------------------- isolated
+
+
+def _isolated(part: Part) -> dict[str, Any]:
+    samples = part["samples"]
+    here, client, products = samples["client_here"], samples["client"], samples["linears"]
+    first, later = samples["first"], samples["exact"]
+    added = [statistics.median(client[n]) - statistics.median(here[n]) for n in client]
+    return {
+        "isolated_ttft_ms": {n: mean(values) for n, values in client.items()},
+        "isolated_ttft_over_linears": {n: mean(client[n]) / mean(products[n]) for n in client},
+        "isolated_ttft_added_us": mean(added) * 1e3,
+        "isolated_decode_over_linears": mean(flat(samples["gaps"])) / mean(samples["linears_1"]),
+        "isolated_ttft_p99_over_p50": tail(samples["tail_client"]),
+        "isolated_itl_p99_over_p50": tail(flat(samples["tail_gaps"])),
+        "isolated_unseen_length_over_exact": mean([first[n] / statistics.median(later[n]) for n in first]),
+        "isolated_unseen_first_padded": part["counters"]["first"].get("padded", 0),
+        "isolated_unseen_later_exact": part["counters"]["later"].get("exact", 0) // part["conditions"]["repeats"],
+    }
+
+
 # --------------------------------------------------------------------------------------------------------------- steady
 
 
@@ -196,6 +217,7 @@ FOLLOW: dict[str, Callable[[Part], dict[str, Any]]] = {
     "tails": _tails,
     "capturing": _capturing,
     "unseen": _unseen,
+    "isolated": _isolated,
     "sweep": _sweep,
     "soak": _soak,
     "ready": _ready,

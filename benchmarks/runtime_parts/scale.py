@@ -34,6 +34,8 @@ class Scale:
     capture_tokens: int = 250
     unseen_lengths: int = 50
     unseen_repeats: int = 3
+    isolated_requests: int = 15
+    """At each length, through another process and in this one."""
     sweep_lengths: tuple[int, ...] = tuple(range(1, 513))
     """Prompt lengths that each kind of sampling is asked at, spread over the batch sizes."""
     sweep_batches: tuple[int, ...] = tuple(range(1, 9))
@@ -70,6 +72,7 @@ QUICK = Scale(
     capture_tokens=90,
     unseen_lengths=4,
     unseen_repeats=1,
+    isolated_requests=1,
     sweep_lengths=(1, 2, 7, 16, 33, 50),
     sweep_batches=(1, 3),
     soak_cycles=200,

@@ -144,8 +144,7 @@ class Engine:
         self.scheduler.add(self._sequence(request))
 
     def fire(self, ids: Ids, params: SamplingParams, salt: str = "") -> Shot | None:
-        """Sends a prompt to the GPU by the shortest way, if the engine is idle and prepared; ``book`` must follow.
-        None, and nothing done, where it must be submitted (or refused) the ordinary way."""
+        """Sends a prompt to the GPU by the shortest way; ``book`` must follow. None: it must be submitted."""
         try:
             return self._express.fire(ids, params, salt)
         except BaseException:
@@ -153,9 +152,8 @@ class Engine:
             raise
 
     def rehearse(self) -> None:
-        """Goes the way of ``fire`` up to the launch, for nothing; for the thread that owns the idle engine."""
-        if not self.busy:
-            self._express.rehearse()
+        """Goes the way of ``fire`` up to the launch, for nothing; not while the engine is busy."""
+        self._express.rehearse()
 
     def book(self, request: Request, shot: Shot) -> None:
         """Takes a request that ``fire`` has launched into the books, and launches what comes next."""
@@ -172,8 +170,7 @@ class Engine:
         self.launch()
 
     def _forget_shot(self) -> None:
-        """Before anything else is queued or launched: the way is no longer free, and a shot that an interrupt kept out
-        of the books is waited for and forgotten."""
+        """The way is no longer free; a shot that an interrupt kept out of the books is waited for and forgotten."""
         if self._express.unbooked:
             self._recover()
         self._express.disarm()
@@ -368,7 +365,7 @@ class Engine:
         return self.idle_work
 
     def close(self) -> None:
-        """Ends what runs, and frees graphs, loops and the helper thread. The engine is of no use afterwards."""
+        """Ends what runs; frees graphs, loops and the helper thread. The engine is of no use afterwards."""
         for identity in list(self._sequences):
             self.cancel(identity)
         self.drain()

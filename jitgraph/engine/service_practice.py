@@ -8,21 +8,18 @@ through a socket of its own, reads it, goes the way of its launch as far as it m
 from __future__ import annotations
 
 import select
-import socket
 import time
 from collections.abc import Callable
 
 from jitgraph.engine.service_reader import RequestReader
-from jitgraph.ipc.frames import encode, engine_framer
-from jitgraph.ipc.messages import FromClient, Submit, Tokens, pack_ids, pack_params
-from jitgraph.ipc.sockets import Connection
+from jitgraph.ipc.frames import client_framer, encode, engine_framer
+from jitgraph.ipc.messages import FromClient, FromEngine, Submit, Tokens, pack_ids, pack_params
+from jitgraph.ipc.sockets import Connection, socket_pair
 from jitgraph.types import SamplingParams
 
 EVERY_S = 5e-3
 """It takes some 50 us, which a request that comes just then waits: one in a hundred."""
 _TOKENS = 100
-_ANSWER_BYTES = 4096
-"""More than an answer has."""
 
 
 class Practice:
@@ -32,9 +29,9 @@ class Practice:
         self._reader = reader
         self._rehearse = rehearse
         self._frame = encode(Submit(1, pack_ids(range(_TOKENS)), pack_params(SamplingParams())))
-        near, self._far = socket.socketpair()
-        self._far.setblocking(False)
+        near, far = socket_pair()
         self._near: Connection[FromClient] = Connection(near, engine_framer())
+        self._far: Connection[FromEngine] = Connection(far, client_framer())
         self._epoll = select.epoll()
         self._epoll.register(near.fileno(), select.EPOLLIN)
         self._again_s = 0.0
@@ -44,14 +41,14 @@ class Practice:
         if now_s < self._again_s:
             return
         self._again_s = now_s + EVERY_S
-        self._far.send(self._frame)
+        self._far.send_frame(self._frame)
         for _ in self._epoll.poll(0.0):
             for record in self._near.receive():
                 if type(record) is Submit:
                     self._reader.read(1, record)
                     self._rehearse()
         self._near.send_frame(self.answer())
-        self._far.recv(_ANSWER_BYTES)
+        self._far.discard()
 
     @staticmethod
     def answer() -> bytes:

@@ -112,6 +112,11 @@ def _remove_stale(path: Path) -> None:
     raise ConfigError(f"an engine listens at {path} already: stop it or name another socket")
 
 
+def socket_pair() -> tuple[socket.socket, socket.socket]:
+    """Two sockets of this process, connected with each other."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+
+
 def connect(path: Path, timeout_s: float | None = None) -> socket.socket:
     """A connected socket, in blocking mode with that timeout.
 

@@ -139,6 +139,7 @@ class _Pass:
         joined = phase == "prefill" and tokens <= JOINED_TOKENS
         self._one_launch = decoder.one_launch if joined else None
         window = decoder.window
+        self._in_qkv = decoder.ops.chunk_attention if phase == "prefill" and window is None else None
         self._rolling = (
             Rolling(window.sinks, window.recent, batch.sample_position, decoder.rope.cos_sin) if window else None
         )
@@ -186,13 +187,15 @@ class _Pass:
             self._decoder.rope,
             k_cache,
             v_cache,
-            work.q,
+            None if self._in_qkv is not None else work.q,
             self._rolling,
         )
         where = (k_cache, v_cache, batch.positions, batch.token_slot, self._slots)
         if self._phase == "decode":
             splits = (work.partial, work.partial_lse, work.arrivals)
             ops.decode_attention(work.q, *where, *how, *splits, work.attended, self._rolling)
+        elif self._in_qkv is not None:
+            self._in_qkv(work.qkv, *where, *how, work.attended)
         else:
             ops.prefill_attention(work.q, *where, *how, work.attended, self._rolling)
 

@@ -20,7 +20,7 @@ from jitgraph.ops.elementwise_kernels import (
 )
 from jitgraph.ops.inbox import HEADER, InboxLayout
 from jitgraph.ops.pdl import pdl_options, pdl_options_before
-from jitgraph.ops.reference import Rolling, Rope, check_rolling
+from jitgraph.ops.reference import Rolling, Rope, check_rolling, query_shape
 from jitgraph.ops.slots import SlotTable
 
 _STEP_BLOCK = 256
@@ -198,13 +198,14 @@ def rope_append(
     rope: Rope,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    q_out: torch.Tensor,
+    q_out: torch.Tensor | None,
     rolling: Rolling | None = None,
 ) -> None:
     """Splits QKV, normalises and rotates q and k, appends k and v to the cache; see ``reference.rope_append``."""
-    tokens, hq, dh = q_out.shape
+    tokens, hq, dh = query_shape(qkv, k_cache, positions)
+    assert q_out is None or q_out.shape == (tokens, hq, dh)
     page, hkv = k_cache.shape[1], k_cache.shape[2]
-    assert_contiguous(qkv.dtype, qkv, k_cache, v_cache, q_out)
+    assert_contiguous(qkv.dtype, qkv, k_cache, v_cache, *([] if q_out is None else [q_out]))
     assert_contiguous(torch.int32, positions, token_slot)
     assert_contiguous(torch.float32, rope.cos_sin)
     assert_slots(slots)
@@ -213,6 +214,7 @@ def rope_append(
     if q_norm is not None and k_norm is not None:
         assert_contiguous(qkv.dtype, q_norm, k_norm)
     if rolling is not None:
+        assert q_out is not None, "a rolling window keeps its keys as they are"
         assert_rolling(rolling, tokens, slots.pages_per_slot * page, dh)
         assert rope.cos_sin is rolling.cos_sin and not rope.dynamic_original
     heads, warps = _ROPE_TILE if tokens > 16 else (4, 2)
@@ -230,7 +232,7 @@ def rope_append(
         rope.dynamic_factor,
         k_cache,
         v_cache,
-        q_out,
+        qkv if q_out is None else q_out,
         SLOT_STRIDE=slots.stride,
         HQ=hq,
         HKV=hkv,
@@ -241,6 +243,7 @@ def rope_append(
         SINKS=0 if rolling is None else rolling.sinks,
         RECENT=0 if rolling is None else rolling.recent,
         ROW_LAST=rolling is not None and rolling.sample_position.shape[0] > 1,
+        IN_PLACE=q_out is None,
         BLOCK_H=heads,
         BLOCK_D=next_power_of_two(dh // 2),
         num_warps=warps,

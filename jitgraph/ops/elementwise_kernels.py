@@ -175,7 +175,7 @@ def rope_append_kernel(
     k_cache, v_cache, q_out,
     SLOT_STRIDE: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, DH: tl.constexpr, PAGE: tl.constexpr,
     NORM: tl.constexpr, DYNAMIC_ORIGINAL: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr,
-    ROW_LAST: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROW_LAST: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     # One token, BLOCK_H heads of q, k and v alike: v's rotation is the identity. a and b are the halves of a head.
@@ -219,8 +219,12 @@ def rope_append_kernel(
     second = (b * cos + a * sin).to(dtype)
 
     to_q = q_out + (token * HQ + head) * DH + d[None, :]
-    tl.store(to_q, first, mask=mask & is_q)
-    tl.store(to_q + HALF, second, mask=mask & is_q)
+    turned = mask & is_q
+    if IN_PLACE:  # where it was read, by this program alone, and k as well
+        to_q = source
+        turned = mask & (head < HQ + HKV)
+    tl.store(to_q, first, mask=turned)
+    tl.store(to_q + HALF, second, mask=turned)
     page = tl.load(words + _BLOCK_TABLE + position // PAGE).to(tl.int64)
     cell = (page * PAGE + position % PAGE) * (HKV * DH)
     is_k = (head >= HQ) & (head < HQ + HKV)

@@ -30,7 +30,7 @@ _GRAIN = 8
 160 tokens is bad at 150."""
 WORKSPACE_BYTES = 32 * 2**20
 """What cuBLAS itself has on this hardware."""
-_SEARCHED_EVERY = 32
+_SEARCHED_EVERY = 64
 """Tokens between two counts at which what lies around the library's proposals is searched, which takes longest."""
 _NEAR = 3
 """What was found at so many searched counts is tried at a count, the nearest ones, with tiles around its own."""
@@ -41,12 +41,12 @@ _KEPT = 8
 """Of all tiles and clusters, those that are tried with other options."""
 _FOUND = 2
 """Results of a search."""
-_FORMAT = 2
+_FORMAT = 3
 _CANDIDATES = 8  # the library knows no more for these shapes
 _SPLITS = (2, 3, 4)
 _SPLIT_FIRST = 3  # how many of the candidates are also tried with their sum split
 _FINALISTS = 3
-_SCREEN_LAYERS, _FINAL_LAYERS = 6, 16
+_SCREEN_LAYERS, _FINAL_LAYERS = 4, 16
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 12
 _AGREE = 0.01
 """The two fastest rounds of everything that is compared must be as close as this, as a share: the device may have other

@@ -173,6 +173,12 @@ def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
     torch.mul(F.silu(gate), up, out=out)
 
 
+def query_shape(qkv: torch.Tensor, k_cache: torch.Tensor, positions: torch.Tensor) -> tuple[int, int, int]:
+    """(T, Hq, Dh) of the queries in qkv ``[T, (Hq + 2 Hkv) Dh]``."""
+    tokens, (hkv, dh) = positions.shape[0], k_cache.shape[2:]
+    return tokens, qkv.numel() // (tokens * dh) - 2 * hkv, dh
+
+
 def rope_append(
     qkv: torch.Tensor,
     q_norm: torch.Tensor | None,
@@ -184,7 +190,7 @@ def rope_append(
     rope: Rope,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    q_out: torch.Tensor,
+    q_out: torch.Tensor | None,
     rolling: Rolling | None = None,
 ) -> None:
     """Splits QKV, optionally RMS-normalises q and k per head, rotates both, and writes k and v into the paged cache.
@@ -192,10 +198,10 @@ def rope_append(
     qkv ``[T, (Hq + 2 Hkv) Dh]``; q_norm, k_norm ``[Dh]``; positions, token_slot int32 ``[T]``;
     k_cache, v_cache ``[N, G, Hkv, Dh]``; q_out ``[T, Hq, Dh]``. Rotation (halves convention, float32):
     (a, b) -> (a cos - b sin, b cos + a sin). Token t goes to page block_table[token_slot[t]][positions[t] // G], offset
-    positions[t] % G. With a rolling window q is rotated by its window position, k is written without rotation, and the
-    window's cell takes the place of positions[t].
+    positions[t] % G. Without q_out, q and k are left, rotated, where they stand in qkv. A rolling window wants it: q is
+    rotated by its window position, k is written without rotation, and the window's cell takes positions[t]'s place.
     """
-    t, hq, dh = q_out.shape
+    t, hq, dh = query_shape(qkv, k_cache, positions)
     page_size, hkv = k_cache.shape[1], k_cache.shape[2]
     q, k, v = qkv.view(t, hq + 2 * hkv, dh).split((hq, hkv, hkv), dim=1)
     if q_norm is not None:
@@ -209,7 +215,12 @@ def rope_append(
         assert rope.cos_sin is rolling.cos_sin and not rope.dynamic_original
         cos, sin = (part[:, None] for part in halves(rolling.cos_sin[window_position(rolling, positions)]))
         where = window_cell(rolling, positions)
-    q_out.copy_(rotate(q, cos, sin))
+    q = rotate(q, cos, sin)
+    if q_out is not None:
+        q_out.copy_(q)
+    else:
+        assert rolling is None
+        qkv.view(t, hq + 2 * hkv, dh)[:, : hq + hkv] = torch.cat((q, k), dim=1)
     pages = slots.block_table()[token_slot.long(), where // page_size].long()
     k_cache[pages, where % page_size] = k.to(k_cache.dtype)
     v_cache[pages, where % page_size] = v.to(v_cache.dtype)

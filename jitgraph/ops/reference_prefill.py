@@ -1,7 +1,8 @@
-"""Plain PyTorch meaning of the op that joins RoPE, KV append and attention of a prompt chunk.
+"""Plain PyTorch meaning of ops of a prompt chunk that gain nothing in PyTorch: RoPE, append and attention in one, and
+attention over a chunk that stands in ``qkv``.
 
-Letters and rules as in ``reference.py``. Nothing is gained by joining them in PyTorch: no engine is bound to this op,
-it is the specification of the Triton twin in ``prefill_fused.py``.
+Letters and rules as in ``reference.py``. No engine is bound to these: they are the specification of the Triton twins in
+``prefill_fused.py`` and ``prefill_chunk.py``.
 """
 
 from __future__ import annotations
@@ -37,4 +38,22 @@ def rope_prefill_attention(
     """
     q = torch.empty_like(out)
     rope_append(qkv, None, None, 0.0, positions, token_slot, slots, rope, k_cache, v_cache, q)
+    prefill_attention(q, k_cache, v_cache, positions, token_slot, slots, scale, window, out)
+
+
+def chunk_attention(
+    qkv: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    positions: torch.Tensor,
+    token_slot: torch.Tensor,
+    slots: SlotTable,
+    scale: float,
+    window: int,
+    out: torch.Tensor,
+) -> None:
+    """``prefill_attention`` behind a ``rope_append`` in place: qkv ``[T, (Hq + 2 Hkv) Dh]`` holds the chunk's rotated
+    queries, and its keys and values as the cache holds them too; which of the two is read is not promised."""
+    tokens, hq, dh = out.shape
+    q = qkv.view(tokens, -1, dh)[:, :hq].contiguous()
     prefill_attention(q, k_cache, v_cache, positions, token_slot, slots, scale, window, out)

@@ -49,6 +49,8 @@ class Ops:
     rope_prefill_attention: Op | None = None
     """``rope_append`` and ``prefill_attention`` of a chunk in one; None where it gains nothing or changes a row's sums
     with the shape, in the batch-invariant mode. Not every model may use it: ``model/decoder.py`` decides."""
+    chunk_attention: Op | None = None
+    """``prefill_attention`` of a chunk that ``rope_append`` has left in qkv; None as above."""
 
     def describe(self) -> dict[str, str]:
         """Op name to the module that implements it."""
@@ -94,13 +96,14 @@ def select_ops(flavour: str, device: torch.device, invariant: bool = False) -> O
     if device.type != "cuda" and not interpreting():
         raise DeviceError(f"ops={flavour!r} needs a CUDA device; on the CPU use ops='torch'")
     # Triton is not needed, nor always there, on a CPU
-    from jitgraph.ops import attention, elementwise, linear, prefill_fused, sampling
+    from jitgraph.ops import attention, elementwise, linear, prefill_chunk, prefill_fused, sampling
 
     wanted = [name for name in names if flavour != "mixed" or name not in STATIC_OPS]
     for module in (elementwise, linear, attention, sampling):
         chosen |= _implementations(module, wanted, invariant)
     if not invariant:
-        chosen |= _implementations(prefill_fused, wanted, invariant)
+        for module in (prefill_fused, prefill_chunk):
+            chosen |= _implementations(module, wanted, invariant)
     if flavour == "jit-all" and not invariant:
         chosen |= {name: getattr(linear, f"kernels_{name}") for name in ("norm_linear", "linear_add", "norm_gated")}
     return Ops(flavour=flavour, invariant=invariant, **chosen)
@@ -170,10 +173,13 @@ def prompt_classes(ops: Ops, num_heads: int, chunk_tokens: int) -> tuple[int, ..
         return (1,)
     from jitgraph.ops.attention import prefill_classes
     from jitgraph.ops.linear import product_classes
+    from jitgraph.ops.prefill_chunk import chunk_classes
     from jitgraph.ops.prefill_fused import fused_classes
     from jitgraph.ops.reference_prefill import JOINED_TOKENS
 
     wanted = {*prefill_classes(num_heads, chunk_tokens), *product_classes(chunk_tokens)}
     if ops.rope_prefill_attention is not None:
         wanted |= {*fused_classes(num_heads, min(chunk_tokens, JOINED_TOKENS))}
+    if ops.chunk_attention is not None:
+        wanted |= {*chunk_classes(num_heads, chunk_tokens)}
     return tuple(sorted(wanted))
