@@ -5,7 +5,8 @@ its figures into FILE (``benchmarks/reliability.json``) as it ends, so parts may
 are checked against their floors. Exits with 1 where a part failed or a floor is missed. ``--check`` runs nothing and
 checks what is there.
 
-The model ``tiny`` on the CPU serves for all but memory and latency of a GPU: ``--device cuda`` for those.
+The model ``tiny`` on the CPU serves for all but a GPU's memory: ``--device cuda`` for that. The latency that a process
+of its own adds is taken over from a record of ``benchmarks/ipc.py``.
 """
 
 from __future__ import annotations

@@ -78,6 +78,20 @@ def test_no_broken_stream_asks_the_engine_to_end() -> None:
     assert not any(b"Drain" in stream for stream in streams)
 
 
+def test_the_cost_of_a_process_comes_from_its_own_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    samples = {"here_ttft": [1000.0] * 3, "apart_ttft": [1080.0] * 3, "here_itl": [5.0], "apart_itl": [7.5]}
+    engines = {"emulated": False, "conditions": {"model": "m"}, "samples": samples}
+    given, path = tmp_path / "ipc.json", tmp_path / "reliability.json"
+    given.write_text(json.dumps({"environment": {"device_name": "a GPU"}, "channel": {}, "engines": engines}))
+    assert command.main(["--parts", "ipc", "--ipc-record", str(given), "--output", str(path)]) == 0
+    document = json.loads(path.read_text())
+    assert document["figures"] == {"ipc_ttft_us_p50": 80.0, "ipc_ttft_us_p99": 80.0, "ipc_token_us_p50": 2.5}
+    assert document["parts"]["ipc"]["measured_on"] == "a GPU" and document["parts"]["ipc"]["samples"]["apart_ttft"] == 3
+    given.write_text("{}")
+    assert command.main(["--parts", "ipc", "--ipc-record", str(given), "--output", str(path)]) == 1
+    assert "is no raw record of benchmarks/ipc.py" in capsys.readouterr().err
+
+
 def test_mistakes_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(tmp_path / "reliability.json")
     assert command.main(["--parts", "kil", "--output", path]) == 2

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jitgraph.errors import ConfigError, JitgraphError
-from reliability_parts import cancels, crashes, fuzz, latency, record, soak
+from reliability_parts import cancels, crashes, fuzz, ipc_record, record, soak
 from reliability_parts.lab import Lab, Part
 
 ABOUT = "Breaks the service on purpose, and checks that it does what it promises."
 PARTS: dict[str, Callable[[Lab], Part]] = {
-    "ipc": latency.ipc,
+    "ipc": ipc_record.ipc,
     "kill": crashes.kill,
     "stop": crashes.stop,
     "frontend_kill": crashes.frontend_kill,
@@ -57,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=60.0, help="how long the soak runs")
     parser.add_argument("--frames", type=int, default=200_000, help="frames of the fuzz")
     parser.add_argument("--cancels", type=int, default=10_000, help="requests that are cancelled")
+    parser.add_argument(
+        "--ipc-record",
+        type=Path,
+        default=Path(__file__).resolve().parents[1] / "h200" / "raw" / "ipc.json",
+        help="raw record of benchmarks/ipc.py that the part ipc takes its figures from",
+    )
     parser.add_argument("--quick", action="store_true", help="little of everything: that it runs, not that it holds")
     parser.add_argument("--check", action="store_true", help="run nothing, check what is there")
     return parser
@@ -88,6 +94,7 @@ def _run(path: Path, parts: list[str], options: argparse.Namespace) -> list[str]
         frames=2000 if quick else options.frames,
         cancels=200 if quick else options.cancels,
         quick=quick,
+        ipc_record=options.ipc_record,
     )
     failed = []
     for part in parts:

@@ -39,6 +39,7 @@ class Lab:
         frames: int,
         cancels: int,
         quick: bool,
+        ipc_record: Path,
     ) -> None:
         self.model = model
         self.weights = weights
@@ -48,6 +49,7 @@ class Lab:
         self.frames = frames
         self.cancels = cancels
         self.quick = quick
+        self.ipc_record = ipc_record
         self._answers: list[Known] | None = None
 
     def answers(self) -> list[Known]:
