@@ -1,7 +1,8 @@
 """Part *isolated*: the latencies again with the engine in a process of its own, IPC included, beside the same products.
 
-The engine in this process stays, for its weights and as the other half of the comparison; while one of the two is
-measured, the other does nothing.
+The engine in this process stays, for its weights and as the other half of the comparison. They take turns by lengths,
+not by requests, and what comes first after a change is not counted: a GPU takes some 150 us to change from one process
+to another, which nobody pays whose engine has the GPU to itself.
 """
 
 from __future__ import annotations
@@ -41,25 +42,26 @@ def isolated(lab: Lab) -> Result:
 
 
 def _ttft(lab: Lab, here: LLM, apart: LLM) -> dict[str, Any]:
-    """The products, the engine in this process and the one in another, in turns at each length."""
+    """At each length the products and the engine in this process by turns, then the engine in the other."""
     scale, weights = lab.scale, inside.linear_matrices(here)
     names = ("linears", "client_here", "client")
     found: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     count = lab.counting("requests", len(scale.lengths) * scale.isolated_requests)
     for length in scale.lengths:
         prompt, graph = lab.ids(length), LinearsGraph(weights, length)
-        for llm in (here, apart):
-            lab.warm(llm, prompt, tokens=1)
+        lab.warm(here, prompt, tokens=1)
         rows = {name: found[name].setdefault(str(length), []) for name in names}
         for _ in range(scale.isolated_requests):
             lab.pause()
             rows["linears"].append(graph.replay_ms())
             lab.pause()
             rows["client_here"].append(lab.first_token_ms(here, prompt))
+        graph.close()
+        lab.warm(apart, prompt, tokens=1)
+        for _ in range(scale.isolated_requests):
             lab.pause()
             rows["client"].append(lab.first_token_ms(apart, prompt))
             count.step()
-        graph.close()
     return found
 
 
