@@ -24,6 +24,7 @@ SHARED_LIMIT_BYTES = {80: 99 * 1024, 90: 227 * 1024}
 products of its own, which keep one block of keys and values more."""
 
 STACK_BOUND_BYTES = {
+    "chunk_attention_kernel": 40,  # ten registers on sm_80, as below
     "prefill_attention_kernel": 32,  # two registers on sm_80, where the products' operands pass through registers
     "rope_prefill_attention_kernel": 16,  # up to four registers, around the exchange of shared sums
     "rope_append_kernel": 64,  # the sine's slow path for large angles (dynamic scaling)

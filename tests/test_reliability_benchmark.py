@@ -6,6 +6,7 @@ import json
 import random
 from pathlib import Path
 
+import ipc
 import pytest
 from reliability_parts import command, record
 from reliability_parts.frames import broken_stream
@@ -13,6 +14,7 @@ from reliability_parts.soak import Findings, growth_mib, p99_drift
 
 from jitgraph.errors import OutputError
 
+ROOT = Path(__file__).resolve().parents[1]
 GOOD = {floor.figure: floor.limit for floor in record.FLOORS}
 
 
@@ -90,6 +92,19 @@ def test_the_cost_of_a_process_comes_from_its_own_benchmark(tmp_path: Path, caps
     given.write_text("{}")
     assert command.main(["--parts", "ipc", "--ipc-record", str(given), "--output", str(path)]) == 1
     assert "is no raw record of benchmarks/ipc.py" in capsys.readouterr().err
+
+
+def test_the_committed_record_holds_and_is_quoted() -> None:
+    found = record.read(ROOT / "benchmarks" / "reliability.json")
+    assert [one for one in record.findings(found) if not one["holds"]] == []
+    assert not any(part.get("quick") for part in found["parts"].values()) and set(found["parts"]) == set(command.PARTS)
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert record.PLACE.search(text) and record.quoted(text, found) == text, (
+        "run benchmarks/reliability.py --check --quote"
+    )
+    raw = json.loads((ROOT / "benchmarks" / "h200" / "raw" / "ipc.json").read_text())
+    taken = {name: round(value, 4) for name, value in ipc.figures(raw)["figures"].items()}
+    assert taken == {name: found["figures"][name] for name in taken}
 
 
 def test_mistakes_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from jitgraph.errors import ConfigError, JitgraphError
 from reliability_parts import cancels, crashes, fuzz, ipc_record, record, soak
 from reliability_parts.lab import Lab, Part
 
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
 ABOUT = "Breaks the service on purpose, and checks that it does what it promises."
 PARTS: dict[str, Callable[[Lab], Part]] = {
     "ipc": ipc_record.ipc,
@@ -40,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     for line in record.lines(found):
         print(line)
+    if options.quote:
+        DOCUMENT.write_text(record.quoted(DOCUMENT.read_text(encoding="utf-8"), found), encoding="utf-8")
     missed = [one["figure"] for one in record.findings(found) if not one["holds"]]
     if not options.check and len(parts) < len(PARTS):  # what was not run just now is shown, and judged another time
         measured = {name for part in parts for name in found["parts"].get(part, {}).get("figures", ())}
@@ -64,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         help="raw record of benchmarks/ipc.py that the part ipc takes its figures from",
     )
     parser.add_argument("--quick", action="store_true", help="little of everything: that it runs, not that it holds")
+    parser.add_argument("--quote", action="store_true", help="put the figures into docs/reliability.md")
     parser.add_argument("--check", action="store_true", help="run nothing, check what is there")
     return parser
 

@@ -6,6 +6,7 @@ import json
 import math
 import operator
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,37 +18,43 @@ SOAK_S, SOAK_GPU_S = 3600, 540
 """How long the soak must run: an hour; on a GPU nine minutes."""
 
 
+PLACE = re.compile(r"(<!-- figures: reliability -->\n).*?(<!-- /figures -->)", re.DOTALL)
+"""Where a document quotes the record."""
+
+
 class Floor(NamedTuple):
     """A figure, how it compares, and with what."""
 
     figure: str
     relation: str
     limit: float
+    words: str
+    """What it is, for the document."""
 
 
 FLOORS = (
-    Floor("ipc_ttft_us_p50", "<=", 150),
-    Floor("ipc_ttft_us_p99", "<=", 300),
-    Floor("ipc_token_us_p50", "<=", 50),
-    Floor("kill_error_s", "<=", 1.0),
-    Floor("kill_rounds", ">=", 2),
-    Floor("kill_faults", "=", 0),
-    Floor("recovery_s", "<=", 60),
-    Floor("hang_seen_s", "<=", 10),
-    Floor("hang_faults", "=", 0),
-    Floor("orphan_s", "<=", 5),
-    Floor("frontend_kill_faults", "=", 0),
-    Floor("cancels", ">=", 10_000),
-    Floor("pages_leaked", "=", 0),
-    Floor("tokens_after_cancel_most", "<=", 2),
-    Floor("soak_s", ">=", SOAK_S),
-    Floor("soak_wrong", "=", 0),
-    Floor("soak_unexplained", "=", 0),
-    Floor("soak_pages_leaked", "=", 0),
-    Floor("soak_rss_growth_mib", "<=", 50),
-    Floor("soak_p99_drift", "<=", 0.10),
-    Floor("ipc_frames_fuzzed", ">=", 200_000),
-    Floor("fuzz_crashes", "=", 0),
+    Floor("ipc_ttft_us_p50", "<=", 150, "added to TTFT by a process of its own, P50, µs"),
+    Floor("ipc_ttft_us_p99", "<=", 300, "the same, P99, µs"),
+    Floor("ipc_token_us_p50", "<=", 50, "added to the time between tokens, P50, µs"),
+    Floor("kill_error_s", "<=", 1.0, "engine killed under eight streams: the last has its error event after, s"),
+    Floor("kill_rounds", ">=", 2, "times that this was done"),
+    Floor("kill_faults", "=", 0, "what went wrong with it"),
+    Floor("recovery_s", "<=", 60, "engine killed: ready again after, s"),
+    Floor("hang_seen_s", "<=", 10, "engine stopped: `/health` fails after, s"),
+    Floor("hang_faults", "=", 0, "what went wrong with it"),
+    Floor("orphan_s", "<=", 5, "front-end killed: the engine is gone after, s"),
+    Floor("frontend_kill_faults", "=", 0, "what was left over"),
+    Floor("cancels", ">=", 10_000, "requests cancelled at every moment of their lives"),
+    Floor("pages_leaked", "=", 0, "pages missing in the pool afterwards"),
+    Floor("tokens_after_cancel_most", "<=", 1, "steps that a cancelled request still ran, at most"),
+    Floor("soak_s", ">=", SOAK_S, "mixed load, s"),
+    Floor("soak_wrong", "=", 0, "wrong answers in it"),
+    Floor("soak_unexplained", "=", 0, "errors in it that no killed engine explains"),
+    Floor("soak_pages_leaked", "=", 0, "pages missing after it"),
+    Floor("soak_rss_growth_mib", "<=", 50, "growth of a process's memory in it, MiB"),
+    Floor("soak_p99_drift", "<=", 0.10, "P99 of TTFT, last third over first, less one"),
+    Floor("ipc_frames_fuzzed", ">=", 200_000, "random and mutated frames"),
+    Floor("fuzz_crashes", "=", 0, "crashes and hangs by them"),
 )
 
 
@@ -116,3 +123,23 @@ def lines(record: Mapping[str, Any]) -> list[str]:
         value = "" if one["value"] is None else f"{one['value']:g}"
         rows.append(f"{verdict} {one['figure']:<26} {value:>12}  {one['limit']}")
     return rows
+
+
+def markdown(record: Mapping[str, Any]) -> str:
+    """The verdict as a table of a document, with an empty line around."""
+    lines = ["", "| | measured | must be |", "| :--- | ---: | ---: |"]
+    for floor, one in zip(FLOORS, findings(record), strict=True):
+        value = (
+            "not measured"
+            if one["value"] is None
+            else f"{one['value']:,.4g}"
+            if one["value"] < 1e4
+            else f"{one['value']:,}"
+        )
+        lines.append(f"| {floor.words} | {value} | {one['limit']} |")
+    return "\n".join([*lines, "", ""])
+
+
+def quoted(text: str, record: Mapping[str, Any]) -> str:
+    """A document with the record's table in its place."""
+    return PLACE.sub(lambda match: match[1] + markdown(record) + match[2], text)
