@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -456,7 +457,8 @@ def test_an_engine_that_only_seems_to_hang_can_say_goodbye(socket_path: Path) ->
         assert other.gone == "told to end at once"
         assert "has made no step" in lines.text, "and people are told before anything is done"
 
-    supervise(socket_path, act=act, lines=lines)
+    patient = replace(QUICK, grace_s=PATIENCE_S)  # on a loaded machine a goodbye takes its time
+    supervise(socket_path, act=act, lines=lines, limits=patient)
 
 
 def test_a_quiet_engine_is_left_alone(socket_path: Path) -> None:
