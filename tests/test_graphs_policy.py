@@ -198,7 +198,7 @@ def test_choosing_leaves_no_trace_until_it_is_noted() -> None:
     assert not dispatcher.paths and store.counters.requests == 0 and store.state(prompt(5)) is State.MISSING
     dispatcher.note(prompt(5), decision)
     assert dispatcher.paths == {(Phase.PREFILL, Path.PADDED): 1} and store.state(prompt(5)) is State.QUEUED
-    dispatcher.looped()
+    dispatcher.looped += 1
     assert dispatcher.paths[Phase.DECODE, Path.LOOP] == dispatcher.reasons[Reason.LONE_STREAM] == 1
 
 

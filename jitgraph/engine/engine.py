@@ -29,6 +29,7 @@ from jitgraph.engine.recorder import Recorder
 from jitgraph.engine.runner import Runner
 from jitgraph.engine.scheduler import Scheduler, Sequence
 from jitgraph.engine.sizing import Sizing, resolve_sizing
+from jitgraph.engine.steady import Steady
 from jitgraph.errors import ConfigError
 from jitgraph.graphs.capture import CapturedGraph, Capturer
 from jitgraph.graphs.capturer import ShadowCapturer
@@ -96,6 +97,8 @@ class Engine:
         self._flights: deque[InFlight] = deque()
         self._planner = Planner(self.runner, self.scheduler, self.intake, self._flights)
         self._recorder = Recorder(self.runner, self.scheduler, spec.vocab_size)
+        self._steady = Steady(self.runner, self.scheduler, self._flights, self._recover)
+        self._steady_token = torch.inference_mode()(self._steady.token) if self.emulated else self._steady.token
         self._news: list[TokenChunk] = []
         self._get_ready(program, tell)
 
@@ -202,6 +205,8 @@ class Engine:
         An interrupt while it waits for tokens changes nothing: the next call goes on. One in the middle of a launch
         ends all requests as cancelled (the next call says so) and leaves the engine ready for new ones.
         """
+        if not self._news and (steady := self._steady_token()) is not None:
+            return steady
         if self._news or self._express.unbooked or self.scheduler.overdue or not self._planner.looping_on():
             self.launch()
             news, self._news = self._news, []
@@ -226,8 +231,7 @@ class Engine:
             self._recover()
             raise
 
-    def _torch(self) -> AbstractContextManager[object]:
-        """Where launching and reading are work for PyTorch; on a GPU a replay is not, and goes without."""
+    def _torch(self) -> AbstractContextManager[object]:  # on a GPU replays and reading are no work for PyTorch
         return torch.inference_mode() if self.emulated else _NOTHING
 
     def _read(self) -> list[TokenChunk]:
@@ -241,6 +245,7 @@ class Engine:
                 return []
             if flight.read == flight.count:
                 self._flights.popleft()
+            self._steady.look(flight, self._shadow.pending)
             return self._record(flight, *read)
         except BaseException:  # while it waited, nothing has changed; afterwards a token may be lost
             if self.runner.reader.broken or flight.read != already or flight not in self._flights:
@@ -283,8 +288,7 @@ class Engine:
         with self._torch():
             self.runner.resynchronise()
 
-    def _end(self, identity: int) -> None:
-        """Strikes off a request that ends without a token, and says so."""
+    def _end(self, identity: int) -> None:  # strikes off a request that ends without a token, and says so
         self.constraints.drop(self._sequences.pop(identity))
         chunk = TokenChunk(identity, None, time.perf_counter_ns(), finish_reason=FinishReason.CANCELLED)
         self._news.append(chunk)
@@ -302,14 +306,12 @@ class Engine:
         of its loops runs no step."""
         loops = [one for one in self._flights if one.loop]
         if loops and not self.runner.loops.called_off:
-            rest = [one for one in self._flights if not one.loop]
-            self._flights.clear()
-            self._flights.extend(rest)
+            for one in loops:
+                self._flights.remove(one)
             self.runner.rewind(flight.step if flight.loop else loops[0].first)
 
     def drain(self) -> None:
-        """Reads and drops every step in flight, and gives up an open capture, so that the device may be synchronised;
-        call it when idle, before measuring memory or closing."""
+        """Reads and drops every step in flight and gives up an open capture: the device may be synchronised then."""
         self._shadow.abandon()
         with self._torch():
             while self._flights:
@@ -317,8 +319,7 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------- idle and shadow
 
-    def _in_shadow(self, due: float) -> bool:
-        """A piece of capturing while the GPU is busy, where it ends before the next token is due."""
+    def _in_shadow(self, due: float) -> bool:  # a piece of capturing, where it ends before the next token is due
         if not self._shadow.pending or not self._capturer.thread_is_prepared:
             return False
         with torch.inference_mode():
@@ -383,7 +384,6 @@ class Engine:
         return self.device.type != "cuda"
 
     def reset_counters(self) -> None:
-        """Counts steps, paths and compiles from here on."""
         self.dispatcher.reset()
         if self.pages.prefixes is not None:
             self.pages.prefixes.reset_counters()

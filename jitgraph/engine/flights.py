@@ -9,7 +9,7 @@ from jitgraph.graphs.key import GraphKey
 class InFlight:
     """A launch whose tokens have not all been read."""
 
-    __slots__ = ("count", "first", "key", "loop", "plan", "read", "sequences")
+    __slots__ = ("count", "first", "key", "loop", "plan", "read", "sequences", "steady")
 
     def __init__(self, plan: Plan, key: GraphKey, first: int, count: int = 1) -> None:
         self.plan = plan
@@ -22,6 +22,8 @@ class InFlight:
         """Steps whose tokens have been read."""
         self.loop = isinstance(plan, LoopPlan)
         """Whether the device repeats the step by itself."""
+        self.steady = False
+        """Whether its further tokens need nothing but being read (``steady.py``)."""
         self.sequences = _sequences(plan)
         """Whose tokens its records hold, in row order; none for a chunk that does not end its prompt."""
 

@@ -62,6 +62,11 @@ class RingReader:
         ring, at = self._ring, step % RING_DEPTH
         return [ring.item(at, row, RING_TOKEN) & 0xFFFFFFFF for row in range(rows)]
 
+    def token(self, step: int) -> int:
+        """``wait`` and ``tokens`` for one row, without a shadow."""
+        self.wait(step, 1)
+        return self._ring.item(step % RING_DEPTH, 0, RING_TOKEN) & 0xFFFFFFFF
+
     def logprobs(self, step: int, row: int, count: int) -> TokenLogprobs:
         """Log-probabilities of a row that has been waited for, with ``count`` alternatives."""
         record = self._ring[step % RING_DEPTH, row]

@@ -62,7 +62,7 @@ class Runner:
         ``chunk_tokens``: the largest chunk of a prompt."""
         self._program = program
         self._buffers: Buffers = program.buffers
-        self._dispatcher = dispatcher
+        self.dispatcher = dispatcher
         self._store = store
         self.stream = stream
         self._fused = fused_sampling
@@ -158,7 +158,7 @@ class Runner:
             decision = Decision(Path.EAGER, GraphKey(Phase.PREFILL, plan.count, Sampling.OUTSIDE), Reason.SCORED)
             scoring = partial(self.scorer.run, plan, self._program.next_step)
         else:
-            decision = self._dispatcher.choose(wanted)
+            decision = self.dispatcher.choose(wanted)
         key = decision.key
         graph = None if decision.path is Path.EAGER else self._store.lookup(key)
         if isinstance(plan, PrefillPlan):
@@ -177,7 +177,7 @@ class Runner:
                 self._execute(key, sampling, graph, scoring)
         # The GPU is at work from here on; books are kept beside it.
         step = self._count()
-        self._dispatcher.note(wanted, decision)
+        self.dispatcher.note(wanted, decision)
         if graph is not None:
             self._store.use(key, step)
         return InFlight(plan, key, step)
@@ -215,7 +215,7 @@ class Runner:
         """How a whole prompt of ``count`` tokens would run as one graph: what it wants, what was chosen, and the replay
         alone. None where it would not."""
         wanted = self._prompt_key(count)
-        decision = self._dispatcher.choose(wanted)
+        decision = self.dispatcher.choose(wanted)
         graph = self._store.lookup(decision.key)
         if graph is None:
             return None
@@ -230,7 +230,7 @@ class Runner:
     def book(self, sequence: Sequence, wanted: GraphKey, decision: Decision) -> InFlight:
         """Counts a whole prompt's step that has been launched."""
         step = self._count()
-        self._dispatcher.note(wanted, self._dispatcher.choose(wanted))  # the same, and the reason of today
+        self.dispatcher.note(wanted, self.dispatcher.choose(wanted))  # the same, and the reason of today
         self._store.use(decision.key, step)
         start = sequence.cached
         return InFlight(PrefillPlan(sequence, start, sequence.prompt_length - start, True), decision.key, step)
@@ -388,7 +388,7 @@ class Runner:
             self.scorer.collect(step)
         flight.read += 1
         if flight.loop:
-            self._dispatcher.looped()
+            self.dispatcher.looped += 1
             self.steps += 1
         return tokens, now
 

@@ -61,6 +61,11 @@ class Sequence:
         return tuple(sorted(self.stop_ids))
 
     @property
+    def last_at(self) -> int:
+        """Output tokens with which it ends at the latest."""
+        return self.max_length - self.prompt_length
+
+    @property
     def remaining(self) -> int:
         """Output tokens whose step has not been launched."""
         return self.max_length - self.prompt_length - self.launched

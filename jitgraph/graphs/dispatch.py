@@ -68,10 +68,23 @@ class Dispatcher:
         self._why_off = Reason.GRAPHS_OFF
         self._store = store
         self._buckets = tuple(buckets)
-        self.paths: Counter[tuple[Phase, Path]] = Counter()
-        self.reasons: Counter[Reason] = Counter()
+        self._paths: Counter[tuple[Phase, Path]] = Counter()
+        self._reasons: Counter[Reason] = Counter()
         self.eager_reasons: Counter[Reason] = Counter()
         """Part of ``reasons``: those of eager steps."""
+        self.looped = 0
+        """Decode steps inside a device-side loop, which nobody had to decide about. A plain number, because each token
+        of a stream is counted."""
+
+    @property
+    def paths(self) -> Counter[tuple[Phase, Path]]:
+        """Steps by how they ran."""
+        return self._paths + Counter({_LOOPED: self.looped})
+
+    @property
+    def reasons(self) -> Counter[Reason]:
+        """Steps by why they ran so."""
+        return self._reasons + Counter({Reason.LONE_STREAM: self.looped})
 
     def give_up(self) -> None:
         """Every step runs eagerly from here on: nothing of this model can be captured."""
@@ -85,8 +98,8 @@ class Dispatcher:
 
     def note(self, wanted: GraphKey, decision: Decision) -> None:
         """Counts a choice and leaves its wishes with the store; can wait until the step has been launched."""
-        self.paths[wanted.phase, decision.path] += 1
-        self.reasons[decision.reason] += 1
+        self._paths[wanted.phase, decision.path] += 1
+        self._reasons[decision.reason] += 1
         if decision.path is Path.EAGER:
             self.eager_reasons[decision.reason] += 1
         if self._enabled and wanted.phase is Phase.PREFILL and decision.reason is not Reason.SCORED:
@@ -118,13 +131,9 @@ class Dispatcher:
     def _over_largest(self, wanted: GraphKey) -> bool:
         return wanted.phase is Phase.PREFILL and bool(self._buckets) and wanted.tokens > self._buckets[-1]
 
-    def looped(self) -> None:
-        """One decode step ran inside a device-side loop, which nobody had to decide about."""
-        self.paths[_LOOPED] += 1
-        self.reasons[Reason.LONE_STREAM] += 1
-
     def reset(self) -> None:
         """Sets the counters to zero."""
-        self.paths.clear()
-        self.reasons.clear()
+        self._paths.clear()
+        self._reasons.clear()
         self.eager_reasons.clear()
+        self.looped = 0

@@ -1,0 +1,77 @@
+"""The shortest way of a lone stream's token, while the device loops and there is nothing else to look after.
+
+Engine's thread. Almost all tokens of such a stream go it, milliseconds apart, when little of the host's code is in its
+caches any more: so it is one function that touches little. What is first, last or asked for besides goes the ordinary
+way (``Engine.step``), with the same result; nothing is done then.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+from jitgraph.engine.flights import InFlight
+from jitgraph.engine.runner import Runner
+from jitgraph.engine.scheduler import Scheduler
+from jitgraph.types import TokenChunk
+
+
+class Steady:
+    """One engine's."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        flights: deque[InFlight],
+        recover: Callable[[], None],
+    ) -> None:
+        """``flights``: the engine's own queue of what has been launched, oldest first. ``recover``: what it does where
+        an interrupt may have cost a token."""
+        self._runner = runner
+        self._reader = runner.reader
+        self._scheduler = scheduler
+        self._dispatcher = runner.dispatcher
+        self._flights = flights
+        self._loops = runner.loops
+        self._recover = recover
+
+    @staticmethod
+    def look(flight: InFlight, shadow_wanted: bool) -> None:
+        """Settles, once a token of a flight has been read the ordinary way, whether its others need no more than to be
+        read. ``shadow_wanted``: there is work for the GPU's shadow, which the wait for them must do."""
+        flight.steady = flight.loop and not shadow_wanted and flight.sequences[0].request.params.logprobs is None
+
+    def token(self) -> list[TokenChunk] | None:
+        """Waits for the next token and records it; None where the ordinary way must be taken."""
+        flights, scheduler = self._flights, self._scheduler
+        flight = flights[0] if flights else None
+        if flight is None or not flight.steady or scheduler.waiting or self._loops.called_off:
+            return None
+        sequence, read, running = flight.sequences[0], flight.read + 1, scheduler.running
+        tokens = sequence.tokens
+        if (
+            read >= flight.count  # the flight's last token ends it
+            or (len(flights) == 1 and sequence.remaining > 0)  # another loop is to be launched
+            or len(running) != 1
+            or running[0] is not sequence
+            or len(tokens) + 1 >= sequence.last_at
+        ):
+            return None
+        recording = False
+        try:
+            token = self._reader.token(flight.first + flight.read)
+            now_ns = time.perf_counter_ns()
+            if token in sequence.stop_ids:
+                return None  # it is read again
+            recording = True
+            flight.read = read
+            self._runner.steps += 1
+            self._dispatcher.looped += 1
+            tokens.append(token)
+            return [TokenChunk(sequence.request.request_id, token, now_ns)]
+        except BaseException:
+            if recording or self._reader.broken:
+                self._recover()
+            raise
