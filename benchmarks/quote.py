@@ -1,6 +1,7 @@
 """Puts the figures of a record into the documents that quote them: ``python benchmarks/quote.py [FOLDER]``.
 
 ``FOLDER`` (``benchmarks/h200`` where none is named) has ``runtime.json`` and, from the five cases, ``summary.json``.
+What the paper's repository shows stands in ``benchmarks/published.json``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "docs/research.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/research.md",
+    "docs/from_the_paper.md",
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs" / "approaches").glob("*.md")),
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -26,10 +32,11 @@ def main(arguments: list[str]) -> int:
     if record["emulated"] or record["quick"]:
         print(f"{folder} is no measurement (quick, or on the CPU): documents quote full runs on a GPU alone")
         return 2
+    published = _read(ROOT / "benchmarks" / "published.json")
     for name in DOCUMENTS:
         path = ROOT / name
         before = path.read_text(encoding="utf-8")
-        after = fill(before, record, summary)
+        after = fill(before, record, summary, published)
         path.write_text(after, encoding="utf-8")
         print(f"{name}: {'changed' if after != before else 'as it was'}")
     return 0

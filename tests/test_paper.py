@@ -121,7 +121,7 @@ def test_the_wrappers_are_thin_and_all_there() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_wrapper_hands_its_options_on_and_its_exit_code_back(name: str, tmp_path: Path) -> None:
-    """From the repository's folder, where output/ lies, with its code on the path, whatever folder it is called from."""
+    """From the repository's folder, where output/ lies, with its code on the path, wherever it is called."""
     python = interpreter(tmp_path, f'printf "%s\\n" "$PWD" "$PYTHONPATH" "$@"\nexit {EXIT}')
     options = ("a folder",) if name == TABLES else (*COUNTS, "--output", "a folder")
     done = run(name, *options, python=python, cwd=tmp_path)

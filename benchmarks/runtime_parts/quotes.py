@@ -12,28 +12,30 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jitgraph.bench.plan import ABLATION_COLUMNS, TITLES
+from runtime_parts.quotes_cases import CASE_BLOCKS
+from runtime_parts.quotes_paper import PAPER_BLOCKS
+from runtime_parts.quotes_text import Block, Missing, Record, Sources
 
-Record = Mapping[str, Any]
 Rows = Mapping[tuple[str, str, str, int], float]
 PLACE = re.compile(r"(<!-- figures: ([\w-]+) -->\n)(.*?)(<!-- /figures -->)", re.DOTALL)
 LOOPS, STEPS = "hybrid", "hybrid-steps"
 WITHOUT_LOOPS = f"{TITLES[LOOPS]}, each step launched by the host"
 
 
-class Missing(Exception):
-    """The record lacks a figure."""
-
-
-def fill(text: str, record: Record, summary: Record) -> str:
-    """``text`` with every block made anew from ``runtime.json`` and the five cases' ``summary.json``.
+def fill(text: str, record: Record, summary: Record, published: Record | None = None) -> str:
+    """``text`` with every block made anew from ``runtime.json``, the five cases' ``summary.json`` and the tables that
+    the paper's repository shows.
 
     Raises:
         KeyError: a document names a block that does not exist.
     """
 
+    sources = Sources(record, summary, published or {})
+
     def block(match: re.Match[str]) -> str:
+        name = match[2]
         try:
-            lines = BLOCKS[match[2]](record, rows_of(summary))
+            lines = BLOCKS[name](record, rows_of(summary)) if name in BLOCKS else MORE_BLOCKS[name](sources)
         except Missing:
             return match[0]
         return match[1] + "\n" + "\n".join(lines) + "\n\n" + match[4]
@@ -155,3 +157,6 @@ BLOCKS: dict[str, Callable[[Record, Rows], list[str]]] = {
     "ratios": ratios,
     "rolling": rolling,
 }
+"""Blocks of the runtime's own record."""
+MORE_BLOCKS: dict[str, Block] = {**CASE_BLOCKS, **PAPER_BLOCKS}
+"""Blocks of the five cases' record, and of the published tables beside it."""
