@@ -14,6 +14,7 @@ from jitgraph import LLM
 from jitgraph.bench.ceiling import LinearsGraph
 from runtime_parts import inside
 from runtime_parts.lab import BUCKETS, Lab, Result
+from runtime_parts.latency import tail_samples
 from runtime_parts.rolling import GRAPHS_AT_START, random_lengths
 
 SETTLED_S = 5.0
@@ -31,7 +32,7 @@ def isolated(lab: Lab) -> Result:
     with lab.another(precapture_lengths=known, max_graphs=room, isolated=True) as apart:
         samples: dict[str, Any] = _ttft(lab, here, apart)
         samples |= _decode(lab, here, apart)
-        samples |= _tails(lab, apart)
+        samples["tail_client"], samples["tail_gaps"] = tail_samples(lab, apart)
         found, counters = _unseen(lab, apart, unseen)
         stats = apart.stats()
     return Result(
@@ -78,26 +79,6 @@ def _decode(lab: Lab, here: LLM, apart: LLM) -> dict[str, Any]:
             gaps.append(lab.token_gaps_ms(apart, lab.ids(prompt), tokens))
     graph.close()
     return {"gaps": gaps, "linears_1": products}
-
-
-def _tails(lab: Lab, apart: LLM) -> dict[str, Any]:
-    """As the part *tails*."""
-    scale = lab.scale
-    prompt = lab.ids(scale.tail_prompt)
-    lab.warm(apart, prompt)
-    count = lab.counting("requests", scale.tail_requests)
-    client = []
-    for _ in range(scale.tail_requests):
-        lab.pause()
-        client.append(lab.first_token_ms(apart, prompt))
-        count.step()
-    prompt = lab.ids(scale.itl_prompt)
-    lab.warm(apart, prompt)
-    gaps = []
-    for _ in range(scale.itl_streams):
-        lab.pause()
-        gaps.append(lab.token_gaps_ms(apart, prompt, scale.itl_tokens))
-    return {"tail_client": client, "tail_gaps": gaps}
 
 
 def _unseen(lab: Lab, apart: LLM, lengths: list[int]) -> tuple[dict[str, Any], dict[str, Any]]:

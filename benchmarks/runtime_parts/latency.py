@@ -4,6 +4,7 @@ how evenly. The engine is the one that users get, with a graph for each of the b
 
 from __future__ import annotations
 
+from jitgraph import LLM
 from jitgraph.bench.ceiling import LinearsGraph, measure_rates
 from runtime_parts import inside
 from runtime_parts.lab import Lab, Result
@@ -71,7 +72,20 @@ def decode(lab: Lab) -> Result:
 
 def tails(lab: Lab) -> Result:
     """Many requests of one length, then many tokens: short streams, each after a pause, and only the gaps inside."""
-    llm, scale = lab.headline_llm(), lab.scale
+    scale = lab.scale
+    client, gaps = tail_samples(lab, lab.headline_llm())
+    return Result(
+        samples={"client": client, "gaps": gaps},
+        conditions={
+            "ttft_prompt_tokens": scale.tail_prompt,
+            "itl_contexts": [scale.itl_prompt, scale.itl_prompt + scale.itl_tokens],
+        },
+    )
+
+
+def tail_samples(lab: Lab, llm: LLM) -> tuple[list[float], list[list[float]]]:
+    """TTFT of each request, and the gaps of each stream, of any engine."""
+    scale = lab.scale
     prompt = lab.ids(scale.tail_prompt)
     lab.warm(llm, prompt)
     count = lab.counting("requests", scale.tail_requests)
@@ -88,10 +102,4 @@ def tails(lab: Lab) -> Result:
         lab.pause()
         gaps.append(lab.token_gaps_ms(llm, prompt, scale.itl_tokens))
         count.step()
-    return Result(
-        samples={"client": client, "gaps": gaps},
-        conditions={
-            "ttft_prompt_tokens": scale.tail_prompt,
-            "itl_contexts": [scale.itl_prompt, scale.itl_prompt + scale.itl_tokens],
-        },
-    )
+    return client, gaps

@@ -31,7 +31,8 @@ class Scale:
     capture_graphs: int = 50
     """Graphs captured beside one stream."""
     capture_prompt: int = 256
-    capture_tokens: int = 250
+    capture_tokens: int = 400
+    """So long that even a slow host has made all the graphs before the end; gaps after the last are left out."""
     unseen_lengths: int = 50
     unseen_repeats: int = 3
     isolated_requests: int = 15
