@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from jitgraph.bench.plan import DEFAULT_LENGTHS, TTFT_ITERATIONS, Options, parse_cases, parse_lengths, parse_pythons
+from jitgraph.bench.report_compare import compare
 from jitgraph.bench.run import recompute, run_benchmark
 
 _LENGTHS = ",".join(map(str, DEFAULT_LENGTHS))
@@ -87,6 +88,20 @@ def bench(
     raise typer.Exit(run_benchmark(options, Console()))
 
 
-def report(folder: Annotated[str, typer.Argument(help="Output folder of jitgraph bench.")] = "output") -> None:
-    """Computes the tables of a run again from its raw samples, and shows them."""
-    recompute(Path(folder), Console())
+def report(
+    folders: Annotated[
+        list[str] | None,
+        typer.Argument(help="Output folders of jitgraph bench; several are compared with the first. Default: output."),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(help="The page to write. Default: FOLDER/report.html; of several, comparison.html in the first."),
+    ] = None,
+) -> None:
+    """Computes the tables and the report of a run again from its raw samples, or compares several runs."""
+    first, *others = [Path(folder) for folder in folders or ["output"]]
+    target = None if output is None else Path(output)
+    if others:
+        compare((first, *others), Console(), target)
+    else:
+        recompute(first, Console(), target)

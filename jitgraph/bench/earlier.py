@@ -17,7 +17,10 @@ KEPT_LOG = "prepare.log"
 """Of the run at hand: written before anything is put aside."""
 FOREIGN = "runtime-"
 """Beginning of the files of ``benchmarks/runtime.py``, which keeps a record of its own in the same folder."""
-TABLES = ("case*.csv", "ablation_*", "final_*_table.*", "summary.json", "figures.json", "environment.json")
+TABLES = (
+    *("case*.csv", "ablation_*", "final_*_table.*", "approach_summary.*", "speedup_table.*", "summary.json"),
+    *("figures.json", "environment.json", "report.html", "comparison.html", "plots"),
+)
 SUFFIX = ".earlier"
 
 

@@ -3,6 +3,10 @@
 A run's folder has ``raw/<case>.jsonl`` (samples and blocks), ``raw/<case>.json`` (how the case went), and once
 ``raw/study.json`` (model and prompts), ``raw/gate.json`` and ``raw/ceiling.json``. Every table is made from these.
 A ``.jsonl`` is written by its case's process alone, in append order; a line is whole or, after a crash, the last one.
+
+A line's ``kind`` is ``sample`` (one measured value), ``block`` (what holds for all samples of a row) or ``event``:
+something that the runtime did while a sample was taken. Events are optional; a record without any says nothing about
+whether there were some.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ from typing import Any, TextIO
 from jitgraph.errors import OutputError
 
 RAW = "raw"
+EVENTS = ("capture", "eviction", "collection")
+"""What an event can be: a graph captured, a graph destroyed, a garbage collection of Python's."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +41,23 @@ class BlockKey:
         return dict(vars(self))
 
 
+@dataclass(frozen=True)
+class Event:
+    """One of ``EVENTS``, beside the samples of a row."""
+
+    name: str
+    iteration: int
+    """Of the sample that was being taken."""
+    time_s: float
+    """On the wall clock, as in a sample's ``timestamp``."""
+
+
 @dataclass
 class Block:
     """The samples of one row and what its process noted about them."""
 
     values_ms: list[float] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
     paths: dict[str, int] = field(default_factory=dict)
     peak_memory_gib: float | None = None
 
@@ -54,6 +72,12 @@ class RawWriter:
         """One measured value; ``time_s`` is the wall clock, for the reader of the file."""
         line = {"kind": "sample", **key.to_json(), "iteration": iteration, "value_ms": value_ms, "timestamp": time_s}
         self._file.write(json.dumps(line) + "\n")
+
+    def event(self, key: BlockKey, event: Event) -> None:
+        """Something the runtime did while the row's sample ``event.iteration`` was taken."""
+        assert event.name in EVENTS, f"{event.name} is none of {EVENTS}"
+        about = {"event": event.name, "iteration": event.iteration, "timestamp": event.time_s}
+        self._file.write(json.dumps({"kind": "event", **key.to_json(), **about}) + "\n")
 
     def block(self, key: BlockKey, paths: Mapping[str, int], peak_memory_gib: float | None) -> None:
         """What holds for all samples of a row: the path counters over them, and the memory so far."""
@@ -91,6 +115,8 @@ def read_blocks(path: Path) -> dict[BlockKey, Block]:
             block = blocks.setdefault(key, Block())
             if line["kind"] == "sample":
                 block.values_ms.append(float(line["value_ms"]))
+            elif line["kind"] == "event":
+                block.events.append(_event(line))
             else:
                 block.paths = {name: block.paths.get(name, 0) + count for name, count in line["paths"].items()}
                 block.peak_memory_gib = line["peak_memory_gib"]
@@ -101,6 +127,12 @@ def read_blocks(path: Path) -> dict[BlockKey, Block]:
                 f"line {number} of {path} is no benchmark record: remove the file and run its case again"
             ) from error
     return blocks
+
+
+def _event(line: Mapping[str, Any]) -> Event:
+    if line["event"] not in EVENTS:
+        raise ValueError(f"no event: {line['event']}")
+    return Event(line["event"], int(line["iteration"]), float(line["timestamp"]))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

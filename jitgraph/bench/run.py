@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from jitgraph.bench.plan import CASES, LINEARS, TITLES, Options, Plan
 from jitgraph.bench.process import Outcome, run_process
 from jitgraph.bench.prompts import digests
 from jitgraph.bench.records import prepare_folder, raw_path, read_blocks, read_json, write_json
+from jitgraph.bench.report import write_report
 from jitgraph.bench.show import Board, show_study
 from jitgraph.bench.study import load_study
 from jitgraph.bench.tables import write_tables
@@ -65,9 +66,10 @@ def run_benchmark(options: Options, console: Console, launch: Launch = run_proce
     study = load_study(folder)
     files = write_tables(study, folder)
     show_study(console, study)
+    files += write_report(study, folder)
     if code == EXIT_OK and not any(row.key.case in options.cases for row in study.rows):
         code = EXIT_BROKEN  # asked for figures, got none
-    console.print(f"Written to {folder}: {', '.join(file.name for file in files)}", highlight=False, markup=False)
+    console.print(f"Written to {folder}: {_names(files, folder)}", highlight=False, markup=False)
     return code
 
 
@@ -80,8 +82,15 @@ def forget_refused_run(folder: Path, was_there: bool) -> None:
             folder.rmdir()
 
 
-def recompute(folder: Path, console: Console) -> None:
-    """Computes the tables of a folder again from its raw samples, and shows them.
+def _names(files: Sequence[Path], folder: Path) -> str:
+    """The files, those of a folder inside as one."""
+    below = sorted({file.parent.name for file in files if file.parent != folder})
+    return ", ".join([*(file.name for file in files if file.parent == folder), *(f"{name}/" for name in below)])
+
+
+def recompute(folder: Path, console: Console, target: Path | None = None) -> None:
+    """Computes the tables and the report of a folder again from its raw samples, and shows the tables. The page goes to
+    ``target``, else into the folder.
 
     Raises:
         OutputError: the folder holds no run, or cannot be written.
@@ -89,6 +98,8 @@ def recompute(folder: Path, console: Console) -> None:
     study = load_study(folder)
     write_tables(study, folder)
     show_study(console, study)
+    page = write_report(study, folder, target)[-1]
+    console.print(f"Report: {page}", highlight=False, markup=False)
 
 
 @contextmanager

@@ -33,6 +33,17 @@ class Summary:
     max: float
 
 
+def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """95 % percentile-bootstrap interval of the mean; None for a single sample, which tells nothing about spread."""
+    if len(values) < 2:
+        return None
+    data = np.asarray(values, dtype=np.float64)
+    picks = np.random.default_rng(BOOTSTRAP_SEED).integers(0, len(data), size=(BOOTSTRAP_RESAMPLES, len(data)))
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(data[picks].mean(axis=1), [tail, 100 - tail])
+    return float(low), float(high)
+
+
 def p99_interval(values: Sequence[float]) -> tuple[float, float]:
     """95 % percentile-bootstrap interval of the 99th percentile.
 

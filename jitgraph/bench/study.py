@@ -10,7 +10,7 @@ from typing import Any
 from jitgraph.bench import jobs
 from jitgraph.bench.floors import Floors, ceilings
 from jitgraph.bench.plan import ALL_CASES, DECODE_TOKENS, LINEARS, PACINGS, PROTOCOLS, WARMUP
-from jitgraph.bench.records import Block, BlockKey, raw_path, read_blocks, read_json
+from jitgraph.bench.records import Block, BlockKey, Event, raw_path, read_blocks, read_json
 from jitgraph.bench.stats import Summary, summarise
 from jitgraph.errors import OutputError
 
@@ -32,6 +32,10 @@ class Row:
     emulated: bool
     notes: tuple[str, ...]
     """``emulated``, ``ungated``, and how its case was cut short, where that holds."""
+    values: tuple[float, ...]
+    """The samples in the order in which they were taken, in the metric's unit."""
+    events: tuple[Event, ...]
+    """What the runtime did meanwhile, where the record has it."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,8 @@ def _row(
     key: BlockKey, block: Block, facts: Mapping[str, Any], device: str, floors: Floors, ceiling: Mapping[str, Any]
 ) -> Row:
     scale = 1e-3 if key.metric == "ready_s" else 1.0
-    summary = summarise([value * scale for value in block.values_ms])
+    values = tuple(value * scale for value in block.values_ms)
+    summary = summarise(values)
     floor = _floor_ms(key, floors, ceiling)
     return Row(
         key=key,
@@ -130,6 +135,8 @@ def _row(
         device=device,
         emulated=bool(facts.get("emulated", False)),
         notes=tuple(_notes(facts)),
+        values=values,
+        events=tuple(block.events),
     )
 
 
