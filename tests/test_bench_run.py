@@ -37,6 +37,12 @@ ROW_FIELDS = {
 ROW_FIELDS |= {"min", "max", "ceiling_ms", "peak_memory_gib", "paths"}
 
 
+@pytest.fixture(autouse=True)
+def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than everything else here, and have tests of their own."""
+    monkeypatch.setattr("jitgraph.bench.report.missing_reason", lambda: "none in these tests")
+
+
 def options(folder: Path, **settings: object) -> Options:
     defaults = {"prompt_lengths": (10, 100), "ttft_iterations": 5, "p99_iterations": 20, "pacing": "both"}
     return Options(output=str(folder), **{**defaults, **settings})  # type: ignore[arg-type]

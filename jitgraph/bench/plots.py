@@ -76,6 +76,7 @@ def draw(plot: Plot) -> Drawn:
         svg, png = io.StringIO(), io.BytesIO()
         nameless = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(svg, format="svg", metadata=nameless)
+        figure.set_layout_engine("none")  # it stays as it was laid out
         figure.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
     text = svg.getvalue()
     return Drawn(plot, _for_page(text), text, png.getvalue())

@@ -86,6 +86,9 @@ class StartUp:
 
 REST = "process, imports, all else"
 UNDIVIDED = "not divided"
+SHORT = "short ones"
+SMALLEST_SHARE = 0.02
+"""Of the longest bar: a shorter phase cannot be seen."""
 
 
 def latency_chart(study: Study, protocol: str, pacing: str) -> LatencyChart:
@@ -162,6 +165,18 @@ def start_ups(study: Study) -> list[StartUp]:
             whole = ((REST if phases else UNDIVIDED, rest), *phases)
             starts.append(StartUp(case, title(study, case), row.summary.mean, whole))
     return starts
+
+
+def folded(starts: Sequence[StartUp]) -> list[tuple[tuple[str, float], ...]]:
+    """Each case's phases for a drawing: what is nowhere long enough to be seen is one, at the end."""
+    visible = SMALLEST_SHARE * max((start.ready_s for start in starts), default=0.0)
+    seen = {name for start in starts for name, seconds in start.phases if seconds >= visible}
+    bars = []
+    for start in starts:
+        small = sum(seconds for name, seconds in start.phases if name not in seen)
+        shown = tuple(phase for phase in start.phases if phase[0] in seen)
+        bars.append((*shown, (SHORT, small)) if small else shown)
+    return bars
 
 
 def peak_memory_gib(study: Study) -> dict[str, float]:

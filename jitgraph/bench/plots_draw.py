@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jitgraph.bench.plots_data import LatencyChart, SampleChart, StartUp
+from jitgraph.bench.plots_data import LatencyChart, SampleChart, StartUp, folded
 from jitgraph.bench.plots_palette import PHASES, case_colour, case_marker, light
 from jitgraph.bench.report_approaches import Speedup
 from jitgraph.bench.report_runtime import Padding
@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 WIDTH_IN, HEIGHT_IN = 5.4, 4.1
 BAR_IN, BAR_FRAME_IN = 0.42, 1.5
 """Height of a bar with its gap, and of what surrounds all bars."""
+CHARACTER_PT, HANDLE_PT = 6.6, 34.0
+"""Width of a legend's character, rather too much than too little, and of what stands before and after its text."""
 LOG_FROM = 20.0
-"""Largest over smallest value from which an axis is logarithmic."""
+"""Largest value over the lowest tenth from which an axis is logarithmic."""
 SPEEDUP_MARKERS = ("o", "s", "^")
 EVENT_MARKERS = {"capture": "^", "eviction": "v", "collection": "o"}
 STYLE: dict[str, Any] = {
@@ -99,7 +101,7 @@ def draw_distribution(figure: Figure, chart: SampleChart) -> None:
             where="post",
             color=light(case_colour(trace.case)),
             linewidth=wide,
-            label=f"{trace.title}, n = {len(ordered)}",
+            label=trace.title,
         )
     if chart.ceiling_ms is not None:
         axes.axvline(chart.ceiling_ms, color=light("text"), linewidth=1.2, linestyle="--", label="ceiling")
@@ -166,11 +168,12 @@ def _draw_events(axes: Axes, chart: SampleChart) -> None:
 def draw_start_up(figure: Figure, starts: Sequence[StartUp]) -> None:
     """One bar a case, its phases one after the other, the whole written at its end."""
     axes = figure.add_subplot()
-    names = list(dict.fromkeys(name for start in starts for name, _ in start.phases))
+    bars = folded(starts)
+    names = list(dict.fromkeys(name for phases in bars for name, _ in phases))
     colours = {name: light(PHASES[i % len(PHASES)]) for i, name in enumerate(names)}
-    for place, start in enumerate(starts):
+    for place, (start, phases) in enumerate(zip(starts, bars, strict=True)):
         left = 0.0
-        for name, seconds in start.phases:
+        for name, seconds in phases:
             axes.barh(place, seconds, left=left, height=0.62, color=colours[name])
             left += seconds
         _beside(axes, left, place, f"{start.ready_s:.1f} s")
@@ -222,7 +225,10 @@ def draw_dots(figure: Figure, titles: Mapping[str, str], values: Mapping[str, fl
 
 def _beside(axes: Axes, value: float, place: float, text: str, *, points: float = 5, size: float = 10.5) -> None:
     """Writes a value to the right of where it ends."""
-    axes.annotate(text, (value, place), (points, 0), textcoords="offset points", va="center", fontsize=size)
+    behind = {"facecolor": light("card"), "edgecolor": "none", "pad": 0.8}  # a line across does not cross it out
+    axes.annotate(
+        text, (value, place), (points, 0), textcoords="offset points", va="center", fontsize=size, bbox=behind
+    )
 
 
 def short(value: float) -> str:
@@ -302,8 +308,9 @@ def _bars(axes: Axes, names: Sequence[str]) -> None:
 
 
 def _scale(axes: Axes, which: str, values: Sequence[float]) -> None:
-    """Logarithmic where values differ much, else linear from zero."""
-    if min(values) > 0 and max(values) / min(values) > LOG_FROM:
+    """Logarithmic where values differ much, else linear from zero. A few small ones are not much."""
+    small = sorted(values)[len(values) // 10]
+    if min(values) > 0 and max(values) / small > LOG_FROM:
         (axes.set_yscale if which == "y" else axes.set_xscale)("log")
         _plain(axes, which)
     else:
@@ -326,5 +333,15 @@ def _plain(axes: Axes, which: str) -> None:
 def _legend(figure: Figure, axes: Axes) -> None:
     """Above the panel, where it covers nothing."""
     handles, labels = axes.get_legend_handles_labels()
-    columns = 2 if any(len(label) > 18 for label in labels) else 3
+    columns = legend_columns(labels)
     figure.legend(handles, labels, loc="outside upper left", ncols=columns, labelcolor=light("text"))
+
+
+def legend_columns(labels: Sequence[str]) -> int:
+    """As many columns, up to three, as the figure is wide enough for; a legend fills one column after the other."""
+    for columns in (3, 2):
+        down = -(-len(labels) // columns)
+        longest = [max(map(len, labels[i : i + down])) for i in range(0, len(labels), down)]
+        if sum(CHARACTER_PT * length + HANDLE_PT for length in longest) <= 72 * WIDTH_IN:
+            return columns
+    return 1

@@ -72,10 +72,12 @@ def _distribution(chart: SampleChart, name: str) -> Plot:
     what = "TTFT" if chart.metric == "ttft_ms" else "Time between tokens"
     medians = "; ".join(f"{trace.title} {median(trace.values):.2f} ms" for trace in chart.traces)
     where = f"after {chart.prompt_tokens} prompt tokens, {chart.pacing} pacing"
+    counts = sorted({len(trace.values) for trace in chart.traces})
+    samples = f"{counts[0]} a case" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} a case"
     return Plot(
         f"{name}_{chart.prompt_tokens}",
         "cdf",
-        f"{what} {where}: the share of samples that took at most so long.",
+        f"{what} {where}: the share of samples that took at most so long ({samples}).",
         f"Cumulative distributions of {what.lower() if what != 'TTFT' else what} {where}; medians: {medians}.",
         partial(draw_distribution, chart=chart),
     )
@@ -108,7 +110,7 @@ def _start_plots(study: Study, titles: Mapping[str, str]) -> list[Plot]:
                 "startup",
                 "startup",
                 "From the start of a case's process to ready, by phase. A case that does not tell its phases is "
-                "one bar.",
+                "undivided; phases too short to be seen are together at the end.",
                 f"Bars of the time until ready: {seconds}.",
                 partial(draw_start_up, starts=starts),
                 _bars_in(len(starts), extra=0.5),
@@ -176,12 +178,13 @@ def _ablation_plots(study: Study, titles: Mapping[str, str], host: HostCost) -> 
     )
     for name, values, label, what in costs:
         if values:
+            scale = ", on a logarithmic scale" if min(values.values()) > 0 else ""
             told = "; ".join(f"{titles[case]} {short(value)}" for case, value in values.items())
             plots.append(
                 Plot(
                     name,
                     "ablation",
-                    f"{what}, on a logarithmic scale.",
+                    f"{what}{scale}.",
                     f"Dots of {label}: {told}.",
                     partial(draw_dots, titles=titles, values=values, label=label),
                     _bars_in(len(values)),

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jitgraph.bench.plan import ALL_CASES
+from jitgraph.bench.plots import FOLDER as PLOTS
 from jitgraph.bench.plots import Drawn, draw, missing_reason, write_plots
 from jitgraph.bench.plots_run import run_plots
 from jitgraph.bench.records import write_text
@@ -45,6 +46,8 @@ def write_report(study: Study, folder: Path, target: Path | None = None) -> list
     target = target or folder / FILE
     host, padding = host_cost(study, folder), padding_cost(study, folder)
     why_not = missing_reason()
+    if why_not and (folder / PLOTS).exists():
+        why_not += f"; what {folder / PLOTS} holds is of an earlier report"
     drawn = [] if why_not else [draw(plot) for plot in run_plots(study, host, padding)]
     files = write_approaches(study, folder)
     files += write_plots(drawn, folder) if drawn else []

@@ -80,7 +80,8 @@ def approach_lines(study: Study) -> list[tuple[str, ...]]:
             f"{memory[case]:.2f}" if case in memory else "",
             f"{ready[case, 0].summary.mean:.1f}" if (case, 0) in ready else "",
         )
-        lines.append((title(study, case), ttft[case], p99[case], *figures, *JUDGED[case], reason_of(study, case)))
+        judged = JUDGED.get(case, ("", ""))
+        lines.append((title(study, case), ttft[case], p99[case], *figures, *judged, reason_of(study, case)))
     return lines
 
 

@@ -28,6 +28,8 @@ from jitgraph.errors import ConfigError
 
 FILE = "comparison.html"
 SLOWER, FASTER, SAME, UNKNOWN = "slower", "faster", "overlap", "no interval"
+WORDS = (FASTER, SLOWER, SAME, UNKNOWN)
+"""What can be said of two figures. Memory and a ready time measured once have no interval."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Pair:
 
     @property
     def verdict(self) -> str:
-        """One of the four words above."""
+        """One of ``WORDS``."""
         if self.first.interval is None or self.other.interval is None:
             return UNKNOWN
         if not apart(self.first, self.other):
@@ -66,6 +68,7 @@ class Comparison:
     """One metric under one pacing, over cases and prompt lengths."""
 
     anchor: str
+    """Of its metric, whatever the pacing."""
     name: str
     pacing: str
     unit: str
@@ -103,7 +106,7 @@ def compare(folders: Sequence[Path], console: Console, target: Path | None = Non
         write_plots(drawn, target.parent)
     for number, run in enumerate(runs[1:], 1):
         counts = verdicts(found, number)
-        told = ", ".join(f"{counts[word]} {word}" for word in (FASTER, SLOWER, SAME, UNKNOWN) if counts[word])
+        told = ", ".join(f"{counts[word]} {word}" for word in WORDS if counts[word])
         line = f"{run.name} against {runs[0].name}: {told or 'nothing in common'}"
         console.print(line, highlight=False, markup=False)
     console.print(f"Comparison: {target}", highlight=False, markup=False)
@@ -129,7 +132,7 @@ def comparisons(studies: Sequence[Study]) -> list[Comparison]:
         for anchor, name, statistic, rows in kinds:
             estimates = tuple(_estimates(one, statistic) for one in rows)
             if any(estimates):
-                found.append(Comparison(f"{anchor}-{pacing}", name, pacing, "ms", estimates))
+                found.append(Comparison(anchor, name, pacing, "ms", estimates))
     ready = tuple(_estimates(study.select(WARMUP, "ready_s", INTERACTIVE), MEAN) for study in studies)
     if any(ready):
         found.append(Comparison("ready", "ready time", "", "s", ready))
@@ -154,7 +157,7 @@ def _memory(study: Study) -> dict[tuple[str, int], Estimate]:
 def verdicts(found: Sequence[Comparison], run: int) -> dict[str, int]:
     """How many figures of a run are faster than the first's, slower, not told apart, or without an interval."""
     words = [pair.verdict for one in found for pair in one.pairs(run).values()]
-    return {word: words.count(word) for word in (FASTER, SLOWER, SAME, UNKNOWN)}
+    return {word: words.count(word) for word in WORDS}
 
 
 def comparison_plots(runs: Sequence[Run], found: Sequence[Comparison]) -> list[Plot]:
@@ -176,7 +179,7 @@ def comparison_plots(runs: Sequence[Run], found: Sequence[Comparison]) -> list[P
             what = f"{one.name}, {one.pacing} pacing: {run.name} over {runs[0].name}"
             plots.append(
                 Plot(
-                    f"comparison_{number}_{one.anchor.replace('-', '_')}",
+                    f"comparison_{number}_{one.anchor.replace('-', '_')}_{one.pacing}",
                     one.anchor,
                     f"{what}. Below 1 is faster; hollow points are those whose intervals overlap.",
                     f"Points of the ratio by prompt length, {what}: from {min(ratios):.3f} to {max(ratios):.3f}.",
@@ -197,9 +200,9 @@ def _title(case: str, studies: Sequence[Study]) -> str:
 def _page(runs: Sequence[Run], found: Sequence[Comparison], drawn: Sequence[Drawn], why_not: str) -> str:
     nothing = "" if found else paragraph("None of the runs has a single row.")
     sections = [Section("overview", "Overview", _overview(runs, found, why_not) + nothing)]
-    for one in found:
-        heading = f"{one.name[0].upper()}{one.name[1:]}" + (f", {one.pacing}" if one.pacing else "")
-        sections.append(Section(one.anchor, heading, figures(drawn, one.anchor) + _table(runs, one)))
+    for anchor, name in {one.anchor: one.name for one in found}.items():
+        tables = "".join(_table(runs, one) for one in found if one.anchor == anchor)
+        sections.append(Section(anchor, f"{name[0].upper()}{name[1:]}", figures(drawn, anchor) + tables))
     lead = " and ".join([", ".join(run.name for run in runs[:-1]), runs[-1].name])
     emulated = any(run.study.emulated(case) for run in runs for case in ALL_CASES)
     banner = "Emulated cases are among these: their figures say nothing about a GPU." if emulated else ""
@@ -207,11 +210,16 @@ def _page(runs: Sequence[Run], found: Sequence[Comparison], drawn: Sequence[Draw
 
 
 def _overview(runs: Sequence[Run], found: Sequence[Comparison], why_not: str) -> str:
-    shown = []
+    shown, lines = [], []
     for number, run in enumerate(runs[1:], 1):
         counts = verdicts(found, number)
         told = f"slower in {counts[SLOWER]}, intervals overlap in {counts[SAME]}"
         shown.append((f"{run.name} is faster than {runs[0].name} in", f"{counts[FASTER]} figures", told))
+        for one in found:
+            by_word = verdicts([one], number)
+            lines.append((run.name, one.name, one.pacing, *(str(by_word[word]) for word in WORDS)))
+    head = (f"Against {runs[0].name}", "Metric", "Pacing", *(word.capitalize() for word in WORDS))
+    counted = table("Figures told apart, by metric", head, lines, text_columns=(0, 1, 2))
     notes = [
         f"{run.name}: {TITLES[case]}: {reason}."
         for run in runs
@@ -220,7 +228,7 @@ def _overview(runs: Sequence[Run], found: Sequence[Comparison], why_not: str) ->
     ]
     if why_not:
         notes.append(f"This comparison has no plots: {why_not}.")
-    return tiles(shown) + _conditions(runs) + bullet_list(notes)
+    return tiles(shown) + counted + _conditions(runs) + bullet_list(notes)
 
 
 def _conditions(runs: Sequence[Run]) -> str:

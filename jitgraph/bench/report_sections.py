@@ -55,14 +55,15 @@ def reasons(study: Study, cases: Sequence[str]) -> str:
 def headline_tiles(study: Study) -> str:
     """The hybrid's averages beside the baseline's, and how often it is first."""
     pacing, name = pacings_of(study)[0], title(study, HYBRID)
+    label = EMULATED if study.emulated(HYBRID) else ""
     found = []
     for protocol, what in (("ttft", "TTFT"), ("p99", "P99 of TTFT")):
         cells = averages(study, protocol, pacing)
         if cells[HYBRID]:
-            found.append((f"{what}, average", f"{cells[HYBRID]} ms", _beside(study, cells)))
+            found.append((f"{what}, average{label}", f"{cells[HYBRID]} ms", _beside(study, cells)))
     gaps = {case: f"{gap:.2f}" for case, gap in common_means_ms(study, "itl_ms", pacing, ALL_CASES).items()}
     if HYBRID in gaps:
-        found.append(("Between tokens, average", f"{gaps[HYBRID]} ms", _beside(study, gaps)))
+        found.append((f"Between tokens, average{label}", f"{gaps[HYBRID]} ms", _beside(study, gaps)))
     winners = [line[-1] for p in PROTOCOLS for one in final_tables(study, p) for line in one.lines[:-1] if line[-1]]
     if winners:
         first = sum(winner == name for winner in winners)
