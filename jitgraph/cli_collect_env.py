@@ -47,6 +47,7 @@ PACKAGES = (
     "nvidia-cuda-nvrtc",
     "tensorrt-llm",
     "vllm",
+    "matplotlib",
 )
 """Packages whose version can matter to how this one behaves."""
 
