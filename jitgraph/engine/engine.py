@@ -155,7 +155,7 @@ class Engine:
             raise
 
     def rehearse(self) -> None:
-        """Goes the way of ``fire`` up to the launch, for nothing; not while the engine is busy."""
+        """Goes the way of ``fire`` up to the launch, for nothing; does nothing where no prompt could be fired."""
         self._express.rehearse()
 
     def book(self, request: Request, shot: Shot) -> None:
@@ -290,8 +290,7 @@ class Engine:
 
     def _end(self, identity: int) -> None:  # strikes off a request that ends without a token, and says so
         self.constraints.drop(self._sequences.pop(identity))
-        chunk = TokenChunk(identity, None, time.perf_counter_ns(), finish_reason=FinishReason.CANCELLED)
-        self._news.append(chunk)
+        self._news.append(TokenChunk(identity, None, time.perf_counter_ns(), finish_reason=FinishReason.CANCELLED))
 
     def _record(self, flight: InFlight, tokens: list[int], now: int) -> list[TokenChunk]:
         chunks = self._recorder.record(flight, tokens, now)
@@ -384,6 +383,7 @@ class Engine:
         return self.device.type != "cuda"
 
     def reset_counters(self) -> None:
+        """Counts steps, paths and compiles from here on."""
         self.dispatcher.reset()
         if self.pages.prefixes is not None:
             self.pages.prefixes.reset_counters()

@@ -37,11 +37,11 @@ class Steady:
         self._loops = runner.loops
         self._recover = recover
 
-    @staticmethod
-    def look(flight: InFlight, shadow_wanted: bool) -> None:
+    def look(self, flight: InFlight, pending: bool) -> None:
         """Settles, once a token of a flight has been read the ordinary way, whether its others need no more than to be
-        read. ``shadow_wanted``: there is work for the GPU's shadow, which the wait for them must do."""
-        flight.steady = flight.loop and not shadow_wanted and flight.sequences[0].request.params.logprobs is None
+        read. ``pending``: there are graphs to be made, which the wait for tokens must do where it does that at all."""
+        waits_alone = self._reader.shadow is None or not pending
+        flight.steady = flight.loop and waits_alone and flight.sequences[0].request.params.logprobs is None
 
     def token(self) -> list[TokenChunk] | None:
         """Waits for the next token and records it; None where the ordinary way must be taken."""
@@ -66,6 +66,7 @@ class Steady:
             if token in sequence.stop_ids:
                 return None  # it is read again
             recording = True
+            # The store hears that steps are over with the flight's last token: no graph that may go waits for these.
             flight.read = read
             self._runner.steps += 1
             self._dispatcher.looped += 1
