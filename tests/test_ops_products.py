@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jitgraph.jit.disk_cache import DiskCache
-from jitgraph.ops import products
+from jitgraph.ops import known_products, products
 from jitgraph.ops.cublaslt import Algorithm
+from jitgraph.ops.known_products import Where, known_codes, table
 from jitgraph.ops.linear import Products
 from jitgraph.ops.products import TUNED_TOKENS, TunedProducts, tune_products, tuned_points
 from jitgraph.ops.reference_linear import ProductShape, SplitScratch
@@ -133,6 +136,34 @@ def test_rounds_go_on_until_the_fastest_two_agree() -> None:
     assert not products._agree([[10.0, 5.0], [10.05, 9.0], [12.0, 5.2]]), "the second one was fast but once"
 
 
+# ------------------------------------------------------------------------------------------------------- known devices
+
+HERE = Where("NVIDIA Some", 130000, "torch.float16")
+CODES = {"512x1024x32": "ab" * 64, "1024x512x40+": "cd" * 64}
+
+
+def test_a_table_serves_its_device_library_dtype_shapes_and_counts_alone(tmp_path: Path) -> None:
+    assert known_codes(HERE, SHAPES, [32, 40], tmp_path) is None, "there is no table at all"
+    (tmp_path / "some.json").write_text(table(HERE, SHAPES, [32, 40, 48], CODES))
+    assert known_codes(HERE, SHAPES, [32, 40], tmp_path) == CODES
+    assert known_codes(HERE, SHAPES[1:], [48], tmp_path) == CODES, "a part of what was measured"
+    for other in (HERE._replace(device="NVIDIA Other"), HERE._replace(library=130001), HERE._replace(dtype="bf16")):
+        assert known_codes(other, SHAPES, [32, 40], tmp_path) is None
+    assert known_codes(HERE, SHAPES, [32, 56], tmp_path) is None, "a count that was not measured"
+    for shape in (ProductShape(512, 1024, True), ProductShape(512, 1000, False)):
+        assert known_codes(HERE, (SHAPES[0], shape), [32], tmp_path) is None, "a shape that was not measured"
+
+
+def test_tables_of_the_package_are_whole() -> None:
+    """Each code belongs to a shape and count that the table says it has, and is as long as the library's."""
+    for path in sorted(known_products.FOLDER.glob("*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        shapes = [ProductShape(*shape) for shape in found["shapes"]]
+        names = {known_products.code_name(shape, tokens) for shape in shapes for tokens in found["points"]}
+        assert set(found["codes"]) <= names and found["codes"]
+        assert all(len(bytes.fromhex(code)) == 64 for code in found["codes"].values())
+
+
 # ------------------------------------------------------------------------------------------------------------- on a GPU
 
 
@@ -179,8 +210,29 @@ def test_a_stored_algorithm_that_the_library_refuses_is_not_used(
     matrices: dict[ProductShape, list[torch.Tensor]], tmp_path: Path
 ) -> None:
     cache = DiskCache(tmp_path)
-    tuning = products._Tuning(matrices, tuned_points(LEAST, MOST), torch.empty(2**20, dtype=torch.uint8, device="cuda"))
-    names = [products._name(shape, point) for shape in SHAPES for point in tuned_points(LEAST, MOST)]
+    tuning = products.Tuning(matrices, tuned_points(LEAST, MOST), torch.empty(2**20, dtype=torch.uint8, device="cuda"))
+    names = [products.code_name(shape, point) for shape in SHAPES for point in tuned_points(LEAST, MOST)]
     tuning.store(cache, dict.fromkeys(names, "ff" * 64))
     tuned = tune_products(matrices, LEAST, MOST, cache, lambda done, total: None)
     assert tuned is not None and len(tuned) == 0
+
+
+@pytest.mark.gpu
+def test_what_the_package_knows_is_not_measured(
+    matrices: dict[ProductShape, list[torch.Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = tuned_points(LEAST, MOST)
+    tuning = products.Tuning(matrices, points, torch.empty(2**20, dtype=torch.uint8, device="cuda"))
+    product = tuning._product(SHAPES[0], 32)
+    code = product.candidates(1, products.WORKSPACE_BYTES)[0].code.hex()
+    text = table(tuning.where, matrices, points, {products.code_name(SHAPES[0], 32): code})
+    (tmp_path / "this.json").write_text(text)
+    known = partial(known_codes, folder=tmp_path)
+    monkeypatch.setattr(products, "known_codes", known)
+
+    def measured(done: int, total: int) -> None:
+        raise AssertionError("measured although the package has a table")
+
+    tuned = tune_products(matrices, LEAST, MOST, DiskCache(tmp_path / "cache"), measured)
+    assert tuned is not None and len(tuned) == 32 - 24, "one point, which stands for the counts after the one before"
+    assert not (tmp_path / "cache").exists(), "what is known need not be stored"

@@ -78,7 +78,7 @@ def choose_ops(
     config: EngineConfig, sizing: Sizing, weights: Weights, progress: Callable[[str, int, int], None]
 ) -> Ops:
     """The ops of a config. Where cuBLAS does the large products, its fastest algorithms are looked for first, which
-    takes seconds unless an earlier start has left them in the disk cache.
+    takes seconds unless the package has them for this device or an earlier start has left them in the disk cache.
 
     Raises:
         DeviceError: as ``select_ops``.
@@ -96,7 +96,7 @@ def choose_ops(
 
     with torch.inference_mode():
         tuned = tune_products(
-            _product_matrices(weights),
+            product_matrices(weights),
             SKINNY_TOKENS + 1,
             sizing.chunk_tokens,
             open_cache(),
@@ -105,7 +105,7 @@ def choose_ops(
     return ops if tuned is None else with_tuned_products(ops, tuned)
 
 
-def _product_matrices(weights: ModelWeights) -> dict[ProductShape, list[torch.Tensor]]:
+def product_matrices(weights: ModelWeights) -> dict[ProductShape, list[torch.Tensor]]:
     """The layers' matrices by shape and use; those with a bias are left to torch."""
     found: dict[ProductShape, list[torch.Tensor]] = {}
     for layer in weights.layers:

@@ -4,8 +4,9 @@ What torch gets from cuBLAS is often not its fastest for a prompt (``docs/log.md
 goes over the matrices of several layers, as a step does, so that no cache is warmer than there. At some counts, tiles,
 clusters and splits near the library's proposals are tried as well, and the best of these at all counts.
 
-The result lies in the disk cache, so that a device has the same bits from one start to the next; where the cache cannot
-be written, another start may choose otherwise, and rounding may differ.
+A device that the package has a table for (``known_products.py``) needs no measurement. Any other's result lies in the
+disk cache, so that it has the same bits from one start to the next; where the cache cannot be written, another start
+may choose otherwise, and rounding may differ.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from jitgraph.jit.canonical import canonical
 from jitgraph.jit.disk_cache import DiskCache, Lookup
 from jitgraph.jit.driver import raw_stream
 from jitgraph.ops.cublaslt import Algorithm, CublasLtUnavailable, Product, cublaslt
+from jitgraph.ops.known_products import Codes, Where, code_name, known_codes
 from jitgraph.ops.reference_linear import ProductShape
 
 TUNED_TOKENS = 512
@@ -90,7 +92,7 @@ def tuned_points(least: int, most: int) -> list[int]:
 def tune_products(
     matrices: Mapping[ProductShape, Sequence[torch.Tensor]], least: int, most: int, cache: DiskCache, progress: Progress
 ) -> TunedProducts | None:
-    """The best algorithm of each shape for ``least`` to ``most`` tokens, from the cache or measured now.
+    """The best algorithm of each shape for ``least`` to ``most`` tokens, from the package, the cache or measured now.
 
     ``matrices``: of each shape, those of the layers. None where there is nothing to gain: another device than CUDA, a
     dtype that tensor cores would round, or no such library.
@@ -101,8 +103,8 @@ def tune_products(
         return None
     try:
         workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=one.device)
-        tuning = _Tuning(matrices, points, workspace)
-        stored = tuning.load(cache)
+        tuning = Tuning(matrices, points, workspace)
+        stored = known_codes(tuning.where, matrices, points) or tuning.load(cache)
         if stored is None:
             stored = tuning.measure(progress)
             tuning.store(cache, stored)
@@ -111,11 +113,7 @@ def tune_products(
         return None
 
 
-Codes = dict[str, str]
-"""Shape and number of tokens (``_name``) to an algorithm's code in hexadecimal; only where it beats torch."""
-
-
-class _Tuning:
+class Tuning:
     """The tuning of one model's shapes. Runs on the current stream, before ready."""
 
     def __init__(
@@ -130,8 +128,8 @@ class _Tuning:
         self._library = cublaslt(like.device.index)
         self._stream = int(torch.cuda.current_stream(like.device).cuda_stream)
         shapes = tuple((shape.n, shape.k, shape.add, len(found)) for shape, found in matrices.items())
-        name = torch.cuda.get_device_name(like.device)
-        parts = ("products", _FORMAT, name, self._library.version, str(like.dtype), shapes, tuple(points))
+        self.where = Where(torch.cuda.get_device_name(like.device), self._library.version, str(like.dtype))
+        parts = ("products", _FORMAT, *self.where, shapes, tuple(points))
         self._key = hashlib.sha256(canonical(parts)).digest()
 
     # --------------------------------------------------------------------------------------------------------- on disk
@@ -150,7 +148,7 @@ class _Tuning:
         for shape in self._matrices:
             first = least
             for point in self._points:
-                code = codes.get(_name(shape, point))
+                code = codes.get(code_name(shape, point))
                 for tokens in range(first, point + 1) if code else ():
                     product = self._product(shape, tokens)
                     algorithm = product.checked(bytes.fromhex(code or ""))
@@ -163,10 +161,10 @@ class _Tuning:
 
     # ------------------------------------------------------------------------------------------------------- measuring
 
-    def measure(self, progress: Progress) -> Codes:
-        """Measures every shape at every point."""
+    def measure(self, progress: Progress, every: int = _SEARCHED_EVERY) -> Codes:
+        """Measures every shape at every point, and searches every so many tokens."""
         codes: Codes = {}
-        searched = [tokens for tokens in self._points if tokens % _SEARCHED_EVERY == 0]
+        searched = [tokens for tokens in self._points if tokens % every == 0]
         done, total = 0, len(self._matrices) * (len(self._points) + len(searched))
         for shape, matrices in self._matrices.items():
             pool: dict[int, list[Algorithm]] = {}
@@ -178,7 +176,7 @@ class _Tuning:
                 near = sorted(pool, key=lambda other, here=tokens: abs(other - here))[:_NEAR]  # type: ignore[misc]
                 best = self._bench(shape, matrices, tokens).best([one for other in near for one in pool[other]])
                 if best is not None:
-                    codes[_name(shape, tokens)] = best.code.hex()
+                    codes[code_name(shape, tokens)] = best.code.hex()
                 done += 1
                 progress(done, total)
         return codes
@@ -312,7 +310,3 @@ def _time_us(launch: Callable[[torch.Tensor], None], matrices: Sequence[torch.Te
     end.record()
     end.synchronize()
     return float(begin.elapsed_time(end)) / len(matrices) * 1e3
-
-
-def _name(shape: ProductShape, tokens: int) -> str:
-    return f"{shape.n}x{shape.k}x{tokens}{'+' if shape.add else ''}"
