@@ -9,7 +9,9 @@ from pathlib import Path
 import ipc
 import pytest
 from reliability_parts import command, record
+from reliability_parts import lab as module
 from reliability_parts.frames import broken_stream
+from reliability_parts.lab import Lab
 from reliability_parts.soak import Findings, growth_mib, p99_drift
 
 from jitgraph.errors import OutputError
@@ -32,9 +34,27 @@ def test_a_figure_at_its_floor_holds_and_a_missing_one_does_not() -> None:
         assert not verdicts({**GOOD, floor.figure: worse})[floor.figure]
 
 
-def test_the_soak_is_shorter_on_a_gpu() -> None:
+def test_on_a_gpu_the_soak_is_shorter_and_memory_there_counts() -> None:
     assert not verdicts({**GOOD, "soak_s": 540})["soak_s"]
-    assert verdicts({**GOOD, "soak_s": 540}, "cuda:0")["soak_s"]
+    on_gpu = {**GOOD, "soak_s": 540, **{floor.figure: floor.limit for floor in record.GPU_FLOORS}}
+    assert all(verdicts(on_gpu, "cuda:0").values())
+    assert "cancels" not in verdicts(on_gpu, "cuda"), "what takes no GPU stands in the record of a CPU"
+    for floor in record.GPU_FLOORS:
+        assert not verdicts({**on_gpu, floor.figure: floor.limit + 1}, "cuda")[floor.figure]
+        assert floor.figure not in verdicts(GOOD)
+
+
+def test_memory_that_a_server_leaves_is_waited_for_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lab(device: str) -> Lab:
+        return Lab("tiny", "checkpoint", device, print, 1, 1, 1, True, ROOT)
+
+    assert lab("cpu").gpu_used_mib() is None and lab("cpu").gpu_held(None) == {}
+    used = iter([900.0, 500.0, 100.0])
+    monkeypatch.setattr(Lab, "gpu_used_mib", lambda self: next(used))
+    assert lab("cuda").gpu_held(100.0) == {"gpu_held_mib": 0.0}
+    monkeypatch.setattr(Lab, "gpu_used_mib", lambda self: 130.0)
+    monkeypatch.setattr(module, "FREED_S", 0.0)
+    assert lab("cuda").gpu_held(100.0) == {"gpu_held_mib": 30.0}
 
 
 def test_parts_are_added_and_replaced(tmp_path: Path) -> None:
@@ -99,9 +119,8 @@ def test_the_committed_record_holds_and_is_quoted() -> None:
     assert [one for one in record.findings(found) if not one["holds"]] == []
     assert not any(part.get("quick") for part in found["parts"].values()) and set(found["parts"]) == set(command.PARTS)
     text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
-    assert record.PLACE.search(text) and record.quoted(text, found) == text, (
-        "run benchmarks/reliability.py --check --quote"
-    )
+    assert "<!-- figures: reliability -->" in text
+    assert record.quoted(text, found) == text, "run benchmarks/reliability.py --check --quote"
     raw = json.loads((ROOT / "benchmarks" / "h200" / "raw" / "ipc.json").read_text())
     taken = {name: round(value, 4) for name, value in ipc.figures(raw)["figures"].items()}
     assert taken == {name: found["figures"][name] for name in taken}

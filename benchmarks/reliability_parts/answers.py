@@ -53,6 +53,7 @@ def known_answers(model: str, weights: str, device: str, count: int, seed: int =
             params = SamplingParams(max_tokens=tokens, temperature=0.8, top_p=0.9, seed=rng.randrange(2**31))
         output = llm.generate([prompt], params)[0]
         found.append(Known(prompt, params, output.text, output.finish_reason.value))
+    llm.close()
     return found
 
 

@@ -159,6 +159,8 @@ def frontend_kill(lab: Lab) -> Part:
     """SIGKILL of the front-end under load: the engine goes too, and the next server starts in the same folder."""
     faults: list[str] = []
     killed_s = 0.0
+    lab.answers()
+    before_mib = lab.gpu_used_mib()
     with lab.serve() as server:
 
         async def act(client: httpx.AsyncClient) -> None:
@@ -174,4 +176,5 @@ def frontend_kill(lab: Lab) -> Part:
         orphan_s = time.monotonic() - killed_s
         server.process.wait()
         faults += [f"left over: {one}" for one in lab.next_start_cleans(server.folder)]
-    return Part({"orphan_s": orphan_s, "frontend_kill_faults": len(faults)}, {"faults": faults})
+    held = {f"frontend_kill_{name}": value for name, value in lab.gpu_held(before_mib).items()}
+    return Part({"orphan_s": orphan_s, "frontend_kill_faults": len(faults), **held}, {"faults": faults})

@@ -1,8 +1,10 @@
-"""What every part shares: the model, known answers, a server, a client, and where progress is told."""
+"""What every part shares: the model, known answers, a server, a client, the GPU's memory, and how progress is told."""
 
 from __future__ import annotations
 
 import asyncio
+import gc
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ from reliability_parts.served import Served
 
 KNOWN = 48
 CONNECTIONS = 64
+FREED_S = 5.0
 
 
 class Part(NamedTuple):
@@ -58,7 +61,28 @@ class Lab:
             count = 12 if self.quick else KNOWN
             self.say(f"  {count} answers of LLM({self.model!r}) to compare with")
             self._answers = known_answers(self.model, self.weights, self.device, count)
+            gc.collect()  # the engine's parts know each other
         return self._answers
+
+    def gpu_used_mib(self) -> float | None:
+        """Memory in use on the GPU, whoever uses it, but for what this process could give back; None on the CPU."""
+        if not self.device.startswith("cuda"):
+            return None
+        import torch
+
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self.device)
+        return (total - free) / 2**20
+
+    def gpu_held(self, before_mib: float | None) -> dict[str, float]:
+        """What a server that is gone has left in use on the GPU since ``before_mib``, as a figure; none on the CPU. The
+        driver takes memory back a moment after a process is gone."""
+        if before_mib is None:
+            return {}
+        deadline = time.monotonic() + FREED_S
+        while (held := (self.gpu_used_mib() or 0.0) - before_mib) > 0 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return {"gpu_held_mib": held}
 
     def serve(self, *options: str) -> Served:
         """A server that is being started; answers to compare with are there before it has anything to do."""

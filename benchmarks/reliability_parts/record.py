@@ -18,8 +18,8 @@ SOAK_S, SOAK_GPU_S = 3600, 540
 """How long the soak must run: an hour; on a GPU nine minutes."""
 
 
-PLACE = re.compile(r"(<!-- figures: reliability -->\n).*?(<!-- /figures -->)", re.DOTALL)
-"""Where a document quotes the record."""
+PLACE = r"(<!-- figures: {} -->\n).*?(<!-- /figures -->)"
+"""Where a document quotes a record, by its name."""
 
 
 class Floor(NamedTuple):
@@ -56,6 +56,17 @@ FLOORS = (
     Floor("ipc_frames_fuzzed", ">=", 200_000, "random and mutated frames"),
     Floor("fuzz_crashes", "=", 0, "crashes and hangs by them"),
 )
+
+
+GPU_FLOORS = (
+    Floor("soak_gpu_growth_mib", "<=", 16, "growth of the GPU's used memory in it, MiB"),
+    Floor("soak_gpu_held_mib", "<=", 16, "GPU memory that is still in use when the server has ended, MiB"),
+    Floor("frontend_kill_gpu_held_mib", "<=", 16, "the same when the front-end was killed, MiB"),
+)
+"""Besides the others, of what runs on a GPU."""
+GPU_PARTS = ("frontend_kill", "soak")
+"""What a record of a GPU must have; all else is the same on the CPU, where it takes no GPU."""
+_ON_GPU = ("orphan_s", "frontend_kill_faults")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -102,12 +113,20 @@ def _rounded(value: Any) -> Any:
     return value
 
 
+def floors(record: Mapping[str, Any]) -> tuple[Floor, ...]:
+    """What a record must reach, by the device that the soak ran on."""
+    if not str(record["parts"].get("soak", {}).get("device", "")).startswith("cuda"):
+        return FLOORS
+    shared = (one for one in FLOORS if one.figure in _ON_GPU or one.figure.startswith("soak_"))
+    shorter = (one._replace(limit=SOAK_GPU_S) if one.figure == "soak_s" else one for one in shared)
+    return (*shorter, *GPU_FLOORS)
+
+
 def findings(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The verdict, one entry a floor. A figure that is missing does not hold."""
-    device = str(record["parts"].get("soak", {}).get("device", ""))
     found = []
-    for floor in FLOORS:
-        limit = SOAK_GPU_S if floor.figure == "soak_s" and device.startswith("cuda") else floor.limit
+    for floor in floors(record):
+        limit = floor.limit
         value = record["figures"].get(floor.figure)
         holds = value is not None and HOLDS[floor.relation](value, limit)
         limits = f"{floor.relation} {limit:g}"
@@ -128,7 +147,7 @@ def lines(record: Mapping[str, Any]) -> list[str]:
 def markdown(record: Mapping[str, Any]) -> str:
     """The verdict as a table of a document, with an empty line around."""
     lines = ["", "| | measured | must be |", "| :--- | ---: | ---: |"]
-    for floor, one in zip(FLOORS, findings(record), strict=True):
+    for floor, one in zip(floors(record), findings(record), strict=True):
         value = (
             "not measured"
             if one["value"] is None
@@ -141,5 +160,7 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 
 def quoted(text: str, record: Mapping[str, Any]) -> str:
-    """A document with the record's table in its place."""
-    return PLACE.sub(lambda match: match[1] + markdown(record) + match[2], text)
+    """A document with the record's table in its place: ``reliability``, or ``reliability on a GPU``."""
+    name = "reliability" if floors(record) is FLOORS else "reliability on a GPU"
+    place = re.compile(PLACE.format(name), re.DOTALL)
+    return place.sub(lambda match: match[1] + markdown(record) + match[2], text)

@@ -55,6 +55,8 @@ class Findings:
     """Time, and seconds to the first token."""
     memory: dict[int, list[float]] = field(default_factory=dict)
     """MiB by process, in the order of time."""
+    gpu: list[float] = field(default_factory=list)
+    """MiB in use on the GPU, in the order of time."""
 
     def in_trouble(self, begun_s: float, ended_s: float) -> bool:
         """Whether an engine was being replaced at that time."""
@@ -200,6 +202,9 @@ class Soak:
                 mib = rss_mib(pid)
                 if mib:
                     self.found.memory.setdefault(pid, []).append(mib)
+            used = self.lab.gpu_used_mib()
+            if used is not None:
+                self.found.gpu.append(used)
             if time.monotonic() - told_s > 30:
                 told_s, found = time.monotonic(), self.found
                 self.lab.say(
@@ -226,6 +231,8 @@ def p99_drift(probes: list[tuple[float, float]]) -> float:
 
 def soak(lab: Lab) -> Part:
     """The whole of it."""
+    lab.answers()
+    before_mib = lab.gpu_used_mib()
     with lab.serve() as server:
         run: list[Soak] = []
         missing = -1
@@ -251,6 +258,9 @@ def soak(lab: Lab) -> Part:
         "soak_rss_growth_mib": max(grown.values(), default=float("inf")),
         "soak_p99_drift": p99_drift(found.probes),
     }
+    figures |= {f"soak_{name}": value for name, value in lab.gpu_held(before_mib).items()}
+    if found.gpu:
+        figures["soak_gpu_growth_mib"] = growth_mib(found.gpu)
     about = {
         "wrong": found.wrong[:20],
         "unexplained": found.unexplained[:20],
@@ -260,5 +270,6 @@ def soak(lab: Lab) -> Part:
         "slow_readers": found.slow,
         "growth_mib": [round(value, 2) for value in grown.values()],
         "probes": len(found.probes),
+        "gpu_used_mib": [round(value) for value in found.gpu[:: max(1, len(found.gpu) // 60)]],
     }
     return Part(figures, about)
