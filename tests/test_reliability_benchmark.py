@@ -126,6 +126,17 @@ def test_the_committed_record_holds_and_is_quoted() -> None:
     assert taken == {name: found["figures"][name] for name in taken}
 
 
+def test_the_committed_record_of_a_gpu_holds_and_is_quoted() -> None:
+    found = record.read(ROOT / "benchmarks" / "h200" / "reliability.json")
+    assert [one for one in record.findings(found) if not one["holds"]] == []
+    assert set(found["parts"]) == set(record.GPU_PARTS)
+    for part in found["parts"].values():
+        assert part["device"].startswith("cuda") and not part["quick"]
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert "<!-- figures: reliability on a GPU -->" in text
+    assert record.quoted(text, found) == text, "run benchmarks/reliability.py --check --quote --output RECORD"
+
+
 def test_mistakes_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(tmp_path / "reliability.json")
     assert command.main(["--parts", "kil", "--output", path]) == 2

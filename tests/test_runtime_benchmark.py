@@ -321,8 +321,6 @@ def test_a_quick_run_is_not_quoted(quick: Path, tmp_path: Path) -> None:
 
 # --------------------------------------------------------------------------------------------------------------- record
 
-NEW_PARTS = {"isolated"}
-"""Written after the run of record: the next one has them."""
 needs_record = pytest.mark.skipif(
     not (RECORD / "runtime.json").exists(), reason="no run of record of the runtime's benchmark has been made yet"
 )
@@ -331,7 +329,7 @@ needs_record = pytest.mark.skipif(
 @needs_record
 def test_the_record_follows_from_its_raw_files_and_is_complete() -> None:
     raw = read_raw(RECORD)
-    assert set(PARTS) - NEW_PARTS <= set(raw) <= set(PARTS)
+    assert set(raw) == set(PARTS)
     assert load(RECORD) == json.loads(json.dumps(merged(raw)))
     assert not load(RECORD)["emulated"] and not load(RECORD)["quick"]
     assert sum(path.stat().st_size for path in (RECORD / "raw").glob("runtime-*.json")) < MOST_BYTES
