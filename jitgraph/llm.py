@@ -26,7 +26,7 @@ from jitgraph.stream import DETOKENIZER_TAIL, Live, Stream
 from jitgraph.text.detokenize import IncrementalDetokenizer
 from jitgraph.text.prompts import Prompt, as_params, as_prompts, token_ids
 from jitgraph.text.tokenizer import Tokenizer, find_tokenizer
-from jitgraph.types import FinishReason, Grammar, Request, RequestOutput, SamplingParams
+from jitgraph.types import FinishReason, Grammar, Request, RequestOutput, SamplingParams, TokenChunk
 
 
 class LLM:
@@ -87,6 +87,8 @@ class LLM:
         self._lock = FairLock()
         self._live: dict[int, Live] = {}
         self.abandoned: deque[Live] = deque()
+        self._owed = False
+        """Whether a last token was given ahead of the engine's books, so that ``Engine.step`` must follow."""
         self._next_id = 0
         self._running: Engine | None = opened.engine
         self._ready_ms = opened.phases_ms
@@ -175,13 +177,15 @@ class LLM:
             self.tokenizer  # noqa: B018 - without one there is no text to look for them in, and this says so
         with self._lock:
             plain = grammar is None and prompt_logprobs is None
+            if self._owed:
+                self._tidy()
             shot = self._engine.fire(ids, params) if plain else None  # the GPU works from here on, if it was idle
             self._next_id += 1
             request = Request(self._next_id, token_ids(ids), params, grammar=grammar, prompt_logprobs=prompt_logprobs)
             if shot is not None:
                 self._engine.book(request, shot)
             else:
-                self._drop_abandoned()
+                self._tidy()
                 self._engine.submit(request)
                 self._engine.launch()
             live = Live(request, started)
@@ -218,20 +222,25 @@ class LLM:
 
     def _submit(self, live: Live) -> None:
         """Hands a request over. The caller holds the lock."""
-        self._drop_abandoned()
+        self._tidy()
         self._engine.enqueue(live.request)
         self._live[live.request.request_id] = live
 
     def forget(self, live: list[Live]) -> None:
         """Cancels what still runs of these requests; streams call it when they are closed."""
         with self._lock:
-            self._drop_abandoned()
+            self._tidy()
             for one in live:
                 self._end(one)
             if not self._live:
                 self._idle.wake()
 
-    def _drop_abandoned(self) -> None:
+    def _tidy(self) -> None:
+        """Does what was put off: the engine's books of a stream whose last token was handed out ahead of them, and the
+        cancelling of streams that were dropped. The caller holds the lock."""
+        if self._owed:
+            self._owed = False
+            self._give(self._engine.step())
         while self.abandoned:
             self._end(self.abandoned.popleft())
 
@@ -246,7 +255,7 @@ class LLM:
     def _work_while_idle(self) -> bool:
         """One piece of the engine's idle work, for the idle thread; whether there is more."""
         with self._lock:
-            self._drop_abandoned()
+            self._tidy()
             return self._running is not None and not self._live and self._running.work_while_idle()
 
     def settle(self, timeout_s: float = 60.0) -> bool:
@@ -257,7 +266,7 @@ class LLM:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             with self._lock:
-                self._drop_abandoned()
+                self._tidy()
                 if not self._live:
                     if not self._engine.idle_work:
                         return True
@@ -269,14 +278,19 @@ class LLM:
     def step(self) -> None:
         """Waits for the next tokens of any request, and gives each stream its own. Streams and ``generate`` call it."""
         with self._lock:
-            self._drop_abandoned()
-            for chunk in self._engine.step():
-                live = self._live.get(chunk.request_id)
-                if live is not None:
-                    if live.take(chunk):
-                        self._engine.cancel(chunk.request_id, FinishReason.STOP)
-                    if live.finish_reason is not None:
-                        del self._live[chunk.request_id]
+            self._tidy()
+            last = self._engine.last_token()
+            self._owed = last is not None
+            self._give(last or self._engine.step())
+
+    def _give(self, chunks: list[TokenChunk]) -> None:
+        for chunk in chunks:
+            live = self._live.get(chunk.request_id)
+            if live is not None:
+                if live.take(chunk):
+                    self._engine.cancel(chunk.request_id, FinishReason.STOP)
+                if live.finish_reason is not None:
+                    del self._live[chunk.request_id]
 
     # -------------------------------------------------------------------------------------------------------- report
 
@@ -287,7 +301,7 @@ class LLM:
     def stats(self) -> dict[str, Any]:
         """Which path steps took and why, compiles on the request path (all since ready or ``reset_stats``), and
         sizes."""
-        engine = self._engine
+        engine = self._settled_engine()
         return {
             **counters(engine),
             "graphs_left_out": [str(key) for key in engine.ready.left_out],
@@ -296,7 +310,12 @@ class LLM:
 
     def reset_stats(self) -> None:
         """Sets the counters of steps, paths and compiles to zero."""
-        self._engine.reset_counters()
+        self._settled_engine().reset_counters()
+
+    def _settled_engine(self) -> Engine:
+        with self._lock:
+            self._tidy()
+            return self._engine
 
     def close(self) -> None:
         """Ends what is running (as cancelled) and gives the device's memory back. May be called more than once."""
@@ -310,6 +329,7 @@ class LLM:
                 engine.close()
             finally:  # an engine that has failed is let go all the same
                 self._running = None
+                self._owed = False
                 self._idle.stop()
             del engine
         if self.device.type == "cuda":

@@ -182,6 +182,11 @@ class Counting:
     pieces: int = 0
     rehearsed: int = 0
     news: list[TokenChunk] = field(default_factory=list)
+    foresees: bool = False
+    """Whether it gives the last token of a lone request ahead of its books."""
+    foreseen: int = 0
+    fails_after_last: bool = False
+    """Whether the step after such a token fails."""
     gate: threading.Semaphore | None = None
     """Where there is one, each step takes one."""
 
@@ -240,6 +245,19 @@ class Counting:
             raise self.idle_errors.popleft()
         self.capturing, self.armed = False, True
         return False
+
+    def last_token(self) -> list[TokenChunk] | None:
+        if not self.foresees or self.news or self.errors or self.waiting or len(self.running) != 1:
+            return None
+        [(identity, (request, made))] = self.running.items()
+        if made + 1 < request.params.max_tokens:
+            return None
+        self.foreseen += 1
+        if self.fails_after_last:
+            self.fails_after_last = False
+            self.errors.append(RuntimeError("no books"))
+        token = (sum(request.prompt_token_ids) + made) % VOCABULARY
+        return [TokenChunk(identity, token, time.perf_counter_ns(), finish_reason=FinishReason.LENGTH)]
 
     def step(self) -> list[TokenChunk]:
         if self.news:

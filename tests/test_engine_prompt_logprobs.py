@@ -204,7 +204,7 @@ def test_its_steps_are_eager_and_ask_for_no_graph(device: torch.device) -> None:
     """Also where graphs come and go with what prompts ask for; and nothing is compiled for it."""
     engine = make_engine(device, rolling=True, ops="auto")
     engine.reset_counters()
-    captures, ready = engine.captures, set(engine.store.ready_keys)
+    captures, ready = engine.store.counters.captures, set(engine.store.ready_keys)
     for _ in range(6):
         scores_of(engine, prompt(101), max_tokens=1)
     for _ in range(200):
@@ -213,7 +213,7 @@ def test_its_steps_are_eager_and_ask_for_no_graph(device: torch.device) -> None:
         engine.work_while_idle()
     assert engine.dispatcher.reasons == {Reason.SCORED: 18}
     assert engine.dispatcher.paths == {(Phase.PREFILL, StepPath.EAGER): 18}
-    assert engine.captures == captures and set(engine.store.ready_keys) == ready
+    assert engine.store.counters.captures == captures and set(engine.store.ready_keys) == ready
     assert engine.compiles_after_ready == 0
     assert_nothing_left(engine)
     engine.close()

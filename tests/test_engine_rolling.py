@@ -55,18 +55,18 @@ def settle(engine: Engine) -> int:
 def test_unseen_lengths_run_padded_and_become_exact(device: torch.device) -> None:
     """Below the largest bucket never eagerly; the path of a request captures nothing, whatever it asks for."""
     engine = rolling(device, max_graphs=LARGEST + 10)
-    at_start = engine.captures
+    at_start = engine.store.counters.captures
     for length in range(1, LARGEST + 1):
         expected = Path.EXACT if length in BUCKETS else Path.PADDED
         assert path_of(engine, length) is expected
         assert engine.store.state(prefill(length)) is (State.READY if length in BUCKETS else State.QUEUED)
     if engine.emulated:  # on a GPU captures advance in the shadow of its steps
-        assert engine.captures == at_start
+        assert engine.store.counters.captures == at_start
     assert settle(engine) > 0
-    assert engine.captures == at_start + LARGEST - len(BUCKETS)
+    assert engine.store.counters.captures == at_start + LARGEST - len(BUCKETS)
     assert all(path_of(engine, length) is Path.EXACT for length in range(1, LARGEST + 1))
     assert settle(engine) <= 1 and not engine.work_while_idle(), "nothing is left but to prepare for the next prompt"
-    assert engine.captures == at_start + LARGEST - len(BUCKETS) and engine.runner.compiles == 0
+    assert engine.store.counters.captures == at_start + LARGEST - len(BUCKETS) and engine.runner.compiles == 0
 
 
 def test_longer_prompts_ask_for_what_is_left_of_them(device: torch.device) -> None:

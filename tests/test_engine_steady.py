@@ -43,18 +43,18 @@ class Watched:
     def __init__(self, device: torch.device, **settings: Any) -> None:
         self.engine: Engine = make_engine(device, SPEC, loop_steps=LOOP, **settings)
         self.taken = 0
-        shortest = self.engine._steady_token
+        shortest = self.engine._steady.token
 
         def counted() -> list[TokenChunk] | None:
             found = shortest()
             self.taken += found is not None
             return found
 
-        self.engine._steady_token = counted  # type: ignore[method-assign, assignment]
+        self.engine._steady.token = counted  # type: ignore[method-assign]
 
     def avoid(self) -> None:
         """From here on every token goes the ordinary way."""
-        self.engine._steady_token = lambda: None  # type: ignore[method-assign, assignment]
+        self.engine._steady.token = lambda: None  # type: ignore[method-assign]
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_an_interrupt(device: torch.device, monkeypatch: pytest.MonkeyPatch, mom
     with monkeypatch.context() as patch:
         if moment == "while it waits":
             patch.setattr(engine.runner.reader, "_pump", interrupted)
-            patch.setattr(engine.runner.reader, "token", interrupted)
+            patch.setattr(engine._steady, "_read", interrupted)
         else:
             patch.setattr("jitgraph.engine.steady.TokenChunk", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -166,8 +166,81 @@ def test_the_end_of_the_text(device: torch.device, pair: tuple[Watched, Watched]
     whole = [entry[0] for entry in answer(pair[1].engine, prompt(5), params())]
     spec = with_changes(eos_token_ids=(next(token for token in whole[LOOP + 4 :] if token not in whole[:LOOP]),))
     short, long = (make_engine(device, spec, loop_steps=LOOP) for _ in range(2))
-    long._steady_token = lambda: None  # type: ignore[method-assign, assignment]
+    long._steady.token = lambda: None  # type: ignore[method-assign]
     asked = [params(ignore_eos=False), *(params(max_tokens=count) for count in (1, 2, 3, LOOP, LOOP + 1))]
     found = [answer(short, prompt(5), one) for one in asked]
     assert found == [answer(long, prompt(5), one) for one in asked]
     assert found[0][-1][-1] is FinishReason.STOP and [len(one) for one in found[1:]] == [1, 2, 3, LOOP, LOOP + 1]
+
+
+# ----------------------------------------------------------------------------------- the last token, ahead of the books
+
+
+def foreseen_and_read(engine: Engine, asked: SamplingParams) -> tuple[list[TokenChunk], list[list[TokenChunk]]]:
+    """One request's chunks, and those of them that were given ahead."""
+    chunks, ahead = list[TokenChunk](), list[list[TokenChunk]]()
+    engine.submit(Request(0, prompt(5), asked))
+    while engine.busy:
+        books = (
+            engine.pages.free,
+            engine.runner.steps,
+            len(engine._flights),
+            engine._flights and engine._flights[0].read,
+        )
+        if (last := engine.last_token()) is not None:
+            ahead.append(last)
+            assert books == (engine.pages.free, engine.runner.steps, len(engine._flights), engine._flights[0].read)
+        chunks += engine.step()
+    assert_nothing_left(engine)
+    return chunks, ahead
+
+
+@pytest.mark.parametrize("kind", PARAMS)
+@pytest.mark.parametrize("tokens", [3, LOOP, LOOP + 1, LOOP + 2, LOOP + 3])
+def test_the_last_token_may_be_had_before_its_books(pair: tuple[Watched, Watched], kind: str, tokens: int) -> None:
+    """The last one and no other, and nothing is different for it afterwards."""
+    engine = pair[0].engine
+    expected = answer(pair[1].engine, prompt(5), params(kind, max_tokens=tokens))
+    chunks, ahead = foreseen_and_read(engine, params(kind, max_tokens=tokens))
+    assert bits(chunks) == expected
+    if (tokens - 1) % LOOP == 1:
+        assert not ahead, "the first token of a loop goes the ordinary way"
+        return
+    [[last]] = ahead
+    assert bits([last]) == expected[-1:] and last.finish_reason is FinishReason.LENGTH and last.time_ns > 0
+
+
+def test_what_ends_otherwise_is_not_foreseen(pair: tuple[Watched, Watched]) -> None:
+    engine = pair[0].engine
+    whole = [entry[0] for entry in answer(pair[1].engine, prompt(5), params())]
+    at = next(i for i in range(LOOP, TOKENS) if whole[i] not in whole[:i] and (i + 1) % LOOP not in (1, 2))
+    stopped = params(stop_token_ids=(whole[at],), max_tokens=at + 1)
+    chunks, ahead = foreseen_and_read(engine, stopped)
+    assert chunks[-1].finish_reason is FinishReason.STOP and len(chunks) == at + 1 and not ahead
+    assert foreseen_and_read(engine, params(logprobs=1))[1] == []
+    found: dict[int, list[TokenChunk]] = {}
+    engine.submit(Request(0, prompt(5), params(max_tokens=LOOP)))
+    steps_until(engine, found, 0, LOOP - 1)
+    engine.submit(Request(1, prompt(7), params(max_tokens=5)))
+    assert engine.last_token() is None, "somebody waits, whose prompt goes first"
+    finish(engine, found)
+    assert [len(found[identity]) for identity in (0, 1)] == [LOOP, 5]
+
+
+def test_an_interrupt_while_it_waits_for_the_last(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Watched(device).engine
+    expected = answer(engine, prompt(5), params(max_tokens=LOOP))
+    chunks: dict[int, list[TokenChunk]] = {}
+    engine.submit(Request(0, prompt(5), params(max_tokens=LOOP)))
+    steps_until(engine, chunks, 0, LOOP - 1)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._steady, "_read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.last_token()
+    finish(engine, chunks)
+    assert bits(chunks[0]) == expected
+    assert_nothing_left(engine)

@@ -17,6 +17,7 @@ import torch
 from jitgraph import LLM, SamplingParams
 from jitgraph.errors import CapacityError, ConfigError, DeviceError, JitgraphError, RequestError
 from jitgraph.model.export import export_model
+from jitgraph.stream import Stream
 from jitgraph.types import FinishReason
 
 TEXT = "The train leaves at nine."
@@ -159,6 +160,49 @@ def test_closing_a_stream_frees_its_place(llm: LLM) -> None:
         assert_nothing_left(llm)
 
 
+def test_the_last_token_comes_before_the_books_are_closed(llm: LLM) -> None:
+    """What its reader does next finds them closed, whatever it is."""
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    expected = llm.generate(TEXT, params)[0].token_ids
+    assert llm.settle(), "with graphs to be made, waiting for a token is more than that"
+
+    def read_to_the_last() -> Stream:
+        stream = llm.stream(TEXT, params)
+        chunks = [next(stream) for _ in range(12)]
+        assert tuple(chunk.token_id for chunk in chunks) == expected
+        assert chunks[-1].finish_reason is FinishReason.LENGTH and llm._owed and llm._engine.busy
+        return stream
+
+    assert next(read_to_the_last(), None) is None and not llm._engine.busy
+    read_to_the_last().close()
+    assert not llm._engine.busy
+    before = llm.stats()["decode_paths"]
+    stream = read_to_the_last()
+    after = llm.stats()["decode_paths"]
+    assert sum(after.values()) == sum(before.values()) + 11 and not llm._engine.busy, "and none is counted twice"
+    stream.close()
+    stream = read_to_the_last()
+    assert tuple(chunk.token_id for chunk in llm.stream(TEXT, params)) == expected
+    assert llm.generate([TEXT, TEXT], params)[1].token_ids == expected
+    stream.close()
+    del stream
+    stream = read_to_the_last()
+    del stream
+    gc.collect()
+    assert llm.settle() and not llm._engine.busy
+    assert_nothing_left(llm)
+
+
+def test_an_engine_may_be_closed_with_its_books_open(device: torch.device) -> None:
+    llm = LLM("tiny", max_model_len=64, prefill_buckets=(8, 32), device=str(device), rolling=False)
+    stream = llm.stream(TEXT, SamplingParams(max_tokens=12, ignore_eos=True))
+    for _ in range(12):
+        next(stream)
+    assert llm._owed
+    llm.close()
+    assert next(stream, None) is None
+
+
 @pytest.mark.parametrize("where", ["_stage_prompt", "_count"], ids=["before the work", "after it"])
 def test_an_interrupt_hurts_nobody_else(device: torch.device, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """Ctrl-C while waiting for tokens: the next call goes on where it was. In the middle of a launch: every request
@@ -285,7 +329,8 @@ def test_stats_prove_the_path(llm: LLM) -> None:
     assert stats["compiles_after_ready"] == 0
     llm.reset_stats()
     assert llm.stats()["paths"] == {"exact": 0, "padded": 0, "eager": 0, "loop": 0}
-    llm.generate([list(range(5, 37))] * 2, SamplingParams(max_tokens=3))
+    new = [list(range(start, start + 32)) for start in (100, 200)]  # nothing of them is cached
+    llm.generate(new, SamplingParams(max_tokens=3))
     stats = llm.stats()
     assert stats["prefill_paths"] == {"exact": 2} and stats["decode_paths"]["exact"] >= 1
     assert stats["steps"] == sum(stats["paths"].values())

@@ -98,7 +98,6 @@ class Engine:
         self._planner = Planner(self.runner, self.scheduler, self.intake, self._flights)
         self._recorder = Recorder(self.runner, self.scheduler, spec.vocab_size)
         self._steady = Steady(self.runner, self.scheduler, self._flights, self._recover)
-        self._steady_token = torch.inference_mode()(self._steady.token) if self.emulated else self._steady.token
         self._news: list[TokenChunk] = []
         self._get_ready(program, tell)
 
@@ -205,7 +204,7 @@ class Engine:
         An interrupt while it waits for tokens changes nothing: the next call goes on. One in the middle of a launch
         ends all requests as cancelled (the next call says so) and leaves the engine ready for new ones.
         """
-        if not self._news and (steady := self._steady_token()) is not None:
+        if not self._news and (steady := self._steady.token()) is not None:
             return steady
         if self._news or self._express.unbooked or self.scheduler.overdue or not self._planner.looping_on():
             self.launch()
@@ -214,6 +213,10 @@ class Engine:
                 return news
         with self._torch():
             return self._read()
+
+    def last_token(self) -> list[TokenChunk] | None:
+        """The token that ends a lone stream, ahead of the books: ``step`` must follow and returns it once more."""
+        return None if self._news else self._steady.last()
 
     def launch(self) -> None:
         """Launches what can be launched now and returns without waiting for any of it. ``step`` calls it too."""
@@ -393,8 +396,3 @@ class Engine:
     def compiles_after_ready(self) -> int:
         """Kernel specialisations compiled by a step; each one was a pause for somebody."""
         return self.runner.compiles
-
-    @property
-    def captures(self) -> int:
-        """Graphs captured since the start, those at the start included."""
-        return self.store.counters.captures

@@ -92,6 +92,8 @@ class ServedEngine(RequestEngine, Protocol):
 
     def launch(self) -> None: ...
 
+    def last_token(self) -> list[TokenChunk] | None: ...
+
     def step(self) -> list[TokenChunk]: ...
 
     def work_while_idle(self) -> bool: ...
@@ -193,6 +195,8 @@ class Service:
             if requests.unlaunched:
                 engine.launch()
                 requests.note_launched(self._report.begun())
+            if (last := engine.last_token()) is not None:
+                requests.deliver(last)  # its books can wait
             chunks = engine.step()
         except Exception as error:
             self._failed(error)

@@ -11,10 +11,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+import torch
+
 from jitgraph.engine.flights import InFlight
 from jitgraph.engine.runner import Runner
 from jitgraph.engine.scheduler import Scheduler
-from jitgraph.types import TokenChunk
+from jitgraph.types import FinishReason, TokenChunk
 
 
 class Steady:
@@ -31,6 +33,8 @@ class Steady:
         an interrupt may have cost a token."""
         self._runner = runner
         self._reader = runner.reader
+        # To wait for the emulated device is to do its work.
+        self._read = runner.reader.token if runner.emulated is None else torch.inference_mode()(runner.reader.token)
         self._scheduler = scheduler
         self._dispatcher = runner.dispatcher
         self._flights = flights
@@ -61,7 +65,7 @@ class Steady:
             return None
         recording = False
         try:
-            token = self._reader.token(flight.first + flight.read)
+            token = self._read(flight.first + flight.read)
             now_ns = time.perf_counter_ns()
             if token in sequence.stop_ids:
                 return None  # it is read again
@@ -76,3 +80,32 @@ class Steady:
             if recording or self._reader.broken:
                 self._recover()
             raise
+
+    def last(self) -> list[TokenChunk] | None:
+        """Waits for the token that ends a stream for its length, and does nothing else: the books take longer than the
+        token, so its reader may have it before. The next ``Engine.step`` keeps them and returns it again. None, without
+        waiting, where another token is next; None as well where it is a stop id."""
+        flights, scheduler = self._flights, self._scheduler
+        flight = flights[0] if flights else None
+        if flight is None or not flight.steady or flight.read + 1 < flight.count:
+            return None
+        sequence, running = flight.sequences[0], scheduler.running
+        if (
+            len(flights) != 1
+            or scheduler.waiting
+            or self._loops.called_off
+            or len(running) != 1
+            or running[0] is not sequence
+            or len(sequence.tokens) + 1 != sequence.last_at
+        ):
+            return None
+        try:
+            token = self._read(flight.first + flight.read)
+            now_ns = time.perf_counter_ns()
+        except BaseException:
+            if self._reader.broken:
+                self._recover()
+            raise
+        if token in sequence.stop_ids:
+            return None
+        return [TokenChunk(sequence.request.request_id, token, now_ns, None, FinishReason.LENGTH)]
