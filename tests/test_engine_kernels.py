@@ -3,6 +3,7 @@ PyTorch."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from engine_cases import Bits, bits, finish, make_engine, tokens, with_changes
 from test_correctness import poison
 
 from jitgraph.graphs.key import Path, Phase
+from jitgraph.jit.collect import collect
 from jitgraph.types import Request, SamplingParams, TokenChunk
 
 SPEC = with_changes(
@@ -64,3 +66,23 @@ def test_same_tokens_as_plain_pytorch(device: torch.device, ops: str, settings: 
     whole = settings.get("fused_sampling", True)
     assert ((Phase.DECODE, Path.LOOP) in paths) == whole, "the last token comes out of a loop, if there are any"
     assert (Phase.PREFILL, Path.PADDED) in paths
+
+
+@pytest.mark.parametrize("settings", [{}, {"kv_window": 18, "kv_sinks": 2}, {"batch_invariant": True}], ids=str)
+def test_a_brief_walk_needs_every_kernel_of_a_whole_one(device: torch.device, settings: dict[str, Any]) -> None:
+    """Layers whose windows differ, so that there are several kinds, and some of each."""
+    windows = (0,) * 5 if "kv_window" in settings else (0, 8, 0, 8, 0)
+    spec = dataclasses.replace(SPEC, num_layers=5, layer_windows=windows)
+    chosen = {"max_model_len": 48, "max_streams": 2, "prefill_buckets": (4, 8), "max_graphs": 40, "dtype": "float32"}
+    engine = make_engine(device, spec, ops="jit", **chosen, **settings)
+    program, needed = engine.runner._program, 0
+    for key in sorted(engine.store.ready_keys, key=str):
+        found, ran = [], []
+        for brief in (False, True):
+            with collect(90) as wanted, torch.inference_mode():
+                ran.append(sum(1 for _ in program.graph_stages(key, brief=brief)))
+            found.append({(want.kernel.__name__, want.spec.key) for want in wanted})
+        assert found[0] == found[1] and found[0], key
+        assert ran[1] < ran[0], "nothing was left out"
+        needed += len(found[0])
+    assert needed > 20

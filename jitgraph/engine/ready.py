@@ -134,7 +134,7 @@ class Preparation:
         assert self._stream is not None
         with collect() as wanted, torch.cuda.stream(self._stream):
             for key in keys:
-                self._program.graph_part(key)()
+                self._program.graph_part(key, brief=True)()
                 if key.sampling is Sampling.OUTSIDE:
                     self._program.finish(key, Sampling.GREEDY)
                     self._program.finish(key, Sampling.FULL)

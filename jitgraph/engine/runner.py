@@ -124,7 +124,7 @@ class Runner:
     def _warm_up_pieces(self, key: GraphKey) -> Iterator[None]:
         program = self._program
         program.before_graph(key)
-        stages = program.body_stages(key)
+        stages = program.body_stages(key, brief=True)
         if program.decoder.ops.receives_on_device:
             program.receive(key)
         program.next_launch += 1

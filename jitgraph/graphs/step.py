@@ -39,26 +39,27 @@ class StepProgram:
         if not self.decoder.ops.receives_on_device:
             self.receive(key)
 
-    def graph_stages(self, key: GraphKey, scored: bool = False) -> Iterator[None]:
+    def graph_stages(self, key: GraphKey, scored: bool = False, brief: bool = False) -> Iterator[None]:
         """What a graph of ``key`` contains, in pieces: the whole step, or all up to the logits where sampling is
-        outside. Each piece launches a few kernels. ``scored``: ``score`` follows."""
+        outside. Each piece launches a few kernels. ``scored``: ``score`` follows. ``brief``: layers that do what others
+        do are left out, so that all its kernels are launched and nothing that counts is computed."""
         if self.decoder.ops.receives_on_device:
             self.receive(key)
-        yield from self.body_stages(key, scored)
+        yield from self.body_stages(key, scored, brief)
 
-    def body_stages(self, key: GraphKey, scored: bool = False) -> Iterator[None]:
+    def body_stages(self, key: GraphKey, scored: bool = False, brief: bool = False) -> Iterator[None]:
         """``graph_stages`` without the inputs' arrival: what a device-side loop repeats."""
         self.prepare(key)
         batch, work = self.buffers.views(key)
-        yield from self.decoder.stages(key.phase.value, batch, work, self.cache, self.buffers.slots, scored)
+        yield from self.decoder.stages(key.phase.value, batch, work, self.cache, self.buffers.slots, scored, brief)
         if key.sampling is not Sampling.OUTSIDE:
             self.finish(key, key.sampling)  # no yield after it: whoever counts steps does so in the same breath
 
-    def graph_part(self, key: GraphKey, scored: bool = False) -> Callable[[], None]:
+    def graph_part(self, key: GraphKey, scored: bool = False, brief: bool = False) -> Callable[[], None]:
         """``graph_stages`` as one call."""
 
         def run() -> None:
-            for _ in self.graph_stages(key, scored):
+            for _ in self.graph_stages(key, scored, brief):
                 pass
 
         return run

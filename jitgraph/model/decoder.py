@@ -6,7 +6,7 @@ KV cache; nothing in it depends on data, so the same call serves eager steps, ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -22,6 +22,9 @@ from jitgraph.ops.reference_linear import SplitScratch
 from jitgraph.ops.reference_prefill import JOINED_TOKENS
 from jitgraph.ops.select import Op, Ops
 from jitgraph.ops.slots import SlotTable
+
+ALIGNMENT_BYTES = 16
+"""What Triton asks of a pointer; cuBLAS asks for no more."""
 
 
 @dataclass(frozen=True)
@@ -78,26 +81,55 @@ class Decoder:
             section.run()
 
     def stages(
-        self, phase: str, batch: Batch, work: Workspace, cache: KVCache, slots: SlotTable, whole: bool = False
+        self,
+        phase: str,
+        batch: Batch,
+        work: Workspace,
+        cache: KVCache,
+        slots: SlotTable,
+        whole: bool = False,
+        brief: bool = False,
     ) -> Iterator[None]:
-        """``forward`` in pieces: yields after each layer's half, so that a capture can be advanced piece by piece."""
-        for section in self.sections(phase, batch, work, cache, slots, whole):
+        """``forward`` in pieces: yields after each layer's half, so that a capture can be advanced piece by piece.
+        ``brief``: see ``sections``."""
+        for section in self.sections(phase, batch, work, cache, slots, whole, brief):
             section.run()
             yield
 
     def sections(
-        self, phase: str, batch: Batch, work: Workspace, cache: KVCache, slots: SlotTable, whole: bool = False
+        self,
+        phase: str,
+        batch: Batch,
+        work: Workspace,
+        cache: KVCache,
+        slots: SlotTable,
+        whole: bool = False,
+        brief: bool = False,
     ) -> list[Section]:
-        """``forward`` as a list, to be run in order. Three sections a layer, and one at each end."""
+        """``forward`` as a list, to be run in order. Three sections a layer, and one at each end. ``brief`` has only
+        layers that between them launch whatever any layer launches: enough to know all kernels, or to have them
+        loaded."""
         run = _Pass(self, phase, batch, work, cache, slots, whole)
         found = [Section(False, run.begin)]
-        for index, layer in enumerate(self.weights.layers):
+        layers = self.weights.layers
+        for index in self._one_of_each_kind(cache) if brief else range(len(layers)):
+            layer = layers[index]
             found += [
                 Section(False, partial(run.attention_input, layer)),
                 Section(True, partial(run.attention, index, layer)),
                 Section(False, partial(run.attention_output_and_mlp, index, layer)),
             ]
         return [*found, Section(False, run.end)]
+
+    def _one_of_each_kind(self, cache: KVCache) -> list[int]:
+        """The first layer of each kind, and the last one, which may go on with fewer rows. Of a kind are those with the
+        same tensors, window, and alignment of each tensor, by which Triton tells kernels apart."""
+        kinds: dict[Hashable, int] = {}
+        for index, layer in enumerate(self.weights.layers):
+            tensors = (*vars(layer).values(), *cache.layer(index))
+            places = tuple(None if one is None else one.data_ptr() % ALIGNMENT_BYTES for one in tensors)
+            kinds.setdefault((self.spec.layer_windows[index], places), index)
+        return sorted({*kinds.values(), len(self.weights.layers) - 1})
 
     def score(
         self,

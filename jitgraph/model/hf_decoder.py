@@ -59,9 +59,16 @@ class HfDecoder:
         work.logits.copy_(self.logits(self._last, batch.sample_index))
 
     def stages(
-        self, phase: str, batch: Batch, work: Workspace, cache: KVCache, slots: SlotTable, whole: bool = False
+        self,
+        phase: str,
+        batch: Batch,
+        work: Workspace,
+        cache: KVCache,
+        slots: SlotTable,
+        whole: bool = False,
+        brief: bool = False,
     ) -> Iterator[None]:
-        """See ``Decoder``; all in one piece, and every row goes all the way."""
+        """See ``Decoder``; all in one piece, every row goes all the way, and no layer is left out."""
         self.forward(phase, batch, work, cache, slots)
         yield
 
@@ -144,9 +151,16 @@ class OwnCacheDecoder:
                 work.logits[row].copy_(found)
 
     def stages(
-        self, phase: str, batch: Batch, work: Workspace, cache: KVCache, slots: SlotTable, whole: bool = False
+        self,
+        phase: str,
+        batch: Batch,
+        work: Workspace,
+        cache: KVCache,
+        slots: SlotTable,
+        whole: bool = False,
+        brief: bool = False,
     ) -> Iterator[None]:
-        """See ``Decoder``; all in one piece, and every row goes all the way."""
+        """See ``Decoder``; all in one piece, every row goes all the way, and no layer is left out."""
         self.forward(phase, batch, work, cache, slots)
         yield
 
