@@ -43,9 +43,10 @@ def isolated(lab: Lab) -> Result:
 
 
 def _ttft(lab: Lab, here: LLM, apart: LLM) -> dict[str, Any]:
-    """At each length the products and the engine in this process by turns, then the engine in the other."""
+    """At each length the products and the engine in this process by turns, then the engine in the other. ``read``: when
+    the engine had the token; what follows is the way to the caller."""
     scale, weights = lab.scale, inside.linear_matrices(here)
-    names = ("linears", "client_here", "client")
+    names = ("linears", "client_here", "read_here", "client", "read")
     found: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     count = lab.counting("requests", len(scale.lengths) * scale.isolated_requests)
     for length in scale.lengths:
@@ -56,14 +57,20 @@ def _ttft(lab: Lab, here: LLM, apart: LLM) -> dict[str, Any]:
             lab.pause()
             rows["linears"].append(graph.replay_ms())
             lab.pause()
-            rows["client_here"].append(lab.first_token_ms(here, prompt))
+            _add_first(lab, here, prompt, rows["client_here"], rows["read_here"])
         graph.close()
         lab.warm(apart, prompt, tokens=1)
         for _ in range(scale.isolated_requests):
             lab.pause()
-            rows["client"].append(lab.first_token_ms(apart, prompt))
+            _add_first(lab, apart, prompt, rows["client"], rows["read"])
             count.step()
     return found
+
+
+def _add_first(lab: Lab, llm: LLM, prompt: list[int], client: list[float], read: list[float]) -> None:
+    took, until_read = lab.first_token(llm, prompt)
+    client.append(took)
+    read.append(until_read)
 
 
 def _decode(lab: Lab, here: LLM, apart: LLM) -> dict[str, Any]:

@@ -137,12 +137,16 @@ class Lab:
 
     def first_token_ms(self, llm: LLM, ids: list[int], params: SamplingParams = ONE_TOKEN) -> float:
         """One request: from handing over its ids to its first token id in the caller's hands."""
+        return self.first_token(llm, ids, params)[0]
+
+    def first_token(self, llm: LLM, ids: list[int], params: SamplingParams = ONE_TOKEN) -> tuple[float, float]:
+        """``first_token_ms``, and how much of that had passed when the engine read the token."""
         begin = time.perf_counter_ns()
         stream = llm.stream(ids, params)
-        next(stream)
+        chunk = next(stream)
         took = time.perf_counter_ns() - begin
         stream.close()
-        return took / 1e6
+        return took / 1e6, (chunk.time_ns - begin) / 1e6
 
     def token_gaps_ms(self, llm: LLM, ids: list[int], tokens: int) -> list[float]:
         """One greedy stream: the gaps between its tokens in the caller's hands."""
