@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
+import numpy
 import torch
 
 if not torch.cuda.is_available():
@@ -23,6 +25,30 @@ LONGEST = "test_kernels_compile.py"
 def device() -> torch.device:
     """Where tests run: the first CUDA device, else the CPU."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@pytest.fixture
+def products_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of bits: a tensor-core product sums each element in one order, whatever the tile's width. In Triton's
+    interpreter it is NumPy's product, whose order depends on the shape and on the processor; here one that does not."""
+    if torch.cuda.is_available():
+        return
+    from triton.runtime import interpreter
+
+    class InOrder:
+        """NumPy as the interpreter sees it."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(numpy, name)
+
+        @staticmethod
+        def matmul(a: Any, b: Any, dtype: Any) -> Any:
+            total = numpy.zeros((a.shape[0], b.shape[1]), dtype)
+            for k in range(a.shape[1]):
+                total += a[:, k, None].astype(dtype) * b[k].astype(dtype)
+            return total
+
+    monkeypatch.setattr(interpreter, "np", InOrder())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

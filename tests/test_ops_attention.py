@@ -124,6 +124,7 @@ def test_the_last_split_to_arrive_is_not_seen_in_the_bits(device: torch.device, 
     assert all(torch.equal(out, results[0]) for out in results)
 
 
+@pytest.mark.usefixtures("products_in_order")
 def test_decode_does_not_depend_on_its_neighbours(device: torch.device) -> None:
     """A row's bits are the same alone and in a batch."""
     paged = make_paged([5, 33, 60], 2, 16, torch.float32, device)
@@ -184,6 +185,7 @@ def _changed_bits(
     return [int((chunk(*sizes) != whole[sizes[0] : sizes[0] + sizes[1]]).sum()) for sizes in CHUNKS]
 
 
+@pytest.mark.usefixtures("products_in_order")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout,window", [((2, 2, 16), 0), ((4, 2, 64), 13)])
 def test_invariant_prefill_has_the_same_bits_in_every_chunk(
@@ -227,6 +229,7 @@ def _row_bits(decode: Callable[..., None], device: torch.device, dtype: torch.dt
     return out[:1], alone
 
 
+@pytest.mark.usefixtures("products_in_order")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_invariant_decode_does_not_depend_on_its_neighbours(device: torch.device, dtype: torch.dtype) -> None:
     assert torch.equal(*_row_bits(attention.decode_attention, device, dtype))

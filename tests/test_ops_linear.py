@@ -9,7 +9,9 @@ import torch
 from ops_cases import DTYPES, poison
 
 from jitgraph.ops import linear, reference_linear
-from jitgraph.ops.reference_linear import SplitScratch
+from jitgraph.ops.products import TunedProducts
+from jitgraph.ops.reference_linear import SplitScratch, Use
+from jitgraph.ops.tiles import TILE_TOKENS, Tile, is_tile, tile_of, width
 
 TOKENS = (1, 7, 17)
 SHAPES = ((24, 40), (70, 96), (34, 520))
@@ -103,6 +105,7 @@ def test_split_sums(device: torch.device, dtype: torch.dtype) -> None:
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+@pytest.mark.usefixtures("products_in_order")
 @pytest.mark.parametrize("name", ["norm_linear", "linear_add", "norm_gated"])
 def test_invariant_rows_do_not_depend_on_their_number(device: torch.device, name: str) -> None:
     """Bit for bit: a row alone, among few and among many, for the kernels and for the reference's twin."""
@@ -131,3 +134,86 @@ def test_invariant_rows_do_not_depend_on_their_number(device: torch.device, name
         for count in (1, 2, 16, 17, 65, 129):
             if count <= most:
                 assert torch.equal(run(module, count), whole[:count]), f"{module.__name__}, {count} rows"
+
+
+# ----------------------------------------------------------------------------------------------------- tiles of a table
+
+TILES = (Tile(64, 32, 1, 4, 3, early=False), Tile(32, 64, 4, 4, 2, early=True), Tile(128, 16, 2, 8, 3, early=False))
+
+
+def _tuned(weights: dict[Use, torch.Tensor], tile: Tile, counts: range) -> TunedProducts:
+    """Tables that give these products to the project's kernel."""
+    tiles = {}
+    for use, weight in weights.items():
+        one = tile if use is not Use.GATED else tile._replace(split=1)
+        tiles |= {(tokens, *weight.shape, use): one for tokens in counts}
+    return TunedProducts({}, tiles, torch.empty(0, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("tokens", [17, 64, 100])
+def test_products_in_the_tiles_of_a_table(device: torch.device, dtype: torch.dtype, tile: Tile, tokens: int) -> None:
+    """Each use, with a neighbour and a residual, and twice, so that what a split sum leaves behind is nothing."""
+    torch.manual_seed(tokens)
+    n, k = 70, 136
+    scratch, norm = _scratch(device), torch.rand(k, device=device).to(dtype) + 0.5
+    weights = {
+        use: _weights(rows, k, False, device, dtype)[0] for use, rows in zip(Use, (n, n + 2, 2 * n), strict=True)
+    }
+    products = linear.Products(library=True, vector=True, tuned=_tuned(weights, tile, range(tokens, tokens + 1)))
+    for _ in range(2):
+        residual = _random(tokens, k, device=device, dtype=dtype)
+        work = (torch.empty_like(residual), torch.empty(tokens, 2 * n, device=device, dtype=dtype))
+        expected, actual = (poison(tokens, n, device=device, dtype=dtype) for _ in range(2))
+        for run, out in ((reference_linear.norm_linear, expected), (products.norm_linear, actual)):
+            run(None, residual, norm, 1e-5, weights[Use.PLAIN], None, work[0], out, scratch)
+        close(actual, expected)
+        for gated, out in ((reference_linear.norm_gated, expected), (products.norm_gated, actual)):
+            gated(None, residual, norm, 1e-5, weights[Use.GATED], None, *work, out, scratch)
+        close(actual, expected)
+        start = _random(tokens, n + 2, device=device, dtype=dtype)
+        total = start.clone()
+        assert products.linear_add(residual, weights[Use.ADD], None, torch.empty_like(start), total, scratch) is None
+        close(total, start + (residual.float() @ weights[Use.ADD].float().t()).to(dtype))
+    assert not scratch.arrivals.any()
+
+
+def test_a_table_gives_away_only_what_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.zeros(16, 24, dtype=torch.float16)
+    tuned = _tuned({Use.PLAIN: weight}, TILES[0], range(20, 40))
+    products = linear.Products(library=True, vector=True, tuned=tuned)
+    for tokens, other, bias, expected in (
+        (20, weight, None, True), (39, weight, None, True), (40, weight, None, False), (19, weight, None, False),
+        (20, weight[:8], None, False), (20, weight, torch.zeros(16), False),
+    ):  # fmt: skip
+        x = torch.zeros(tokens, 24, dtype=torch.float16)
+        assert (products._tile(x, other, bias, Use.PLAIN) is not None) == expected
+        assert products._tile(x, other, bias, Use.ADD) is None
+
+
+def test_one_size_of_each_kind_stands_for_all() -> None:
+    """Of each kernel: product, tile, width, and whether the size is a multiple of 16."""
+    tuned = _tuned({Use.PLAIN: torch.zeros(16, 24)}, TILES[0], range(20, 100))
+    found = tuned.classes()
+    assert {(width(count), count % 16 == 0) for count in found} == {
+        (wide, even) for wide in (32, 64, 128) for even in (False, True)
+    }
+    assert len(found) == 6
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_a_tile_survives_a_table(tile: Tile) -> None:
+    assert is_tile(tile.code()) and tile_of(tile.code()) == tile
+    assert not is_tile("ab" * 64)
+
+
+@pytest.mark.parametrize("code", ["tile 64 64 1 4 3", "tile 64 64 8 4 3 0", "tile 8 64 1 4 3 0", "tile a b c d e f"])
+def test_what_is_no_tile_is_refused(code: str) -> None:
+    with pytest.raises(ValueError, match=r"tile|range|invalid literal"):
+        tile_of(code)
+
+
+def test_tiles_are_as_wide_as_their_tokens() -> None:
+    for tokens in range(2, TILE_TOKENS + 1):
+        assert tokens <= width(tokens) < max(17, 2 * tokens) and width(tokens) & (width(tokens) - 1) == 0

@@ -76,6 +76,7 @@ def test_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch, tile: Tile
     run(device, (2, 1, 24), torch.float16, chunk)
 
 
+@pytest.mark.usefixtures("products_in_order")
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("start", [0, 21])
 def test_padding_does_not_change_the_bits(

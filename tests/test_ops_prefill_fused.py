@@ -104,6 +104,7 @@ def test_programs_share_a_long_context(device: torch.device, layout: tuple[int, 
     _check(device, layout, torch.float16, chunk, page=64)
 
 
+@pytest.mark.usefixtures("products_in_order")
 def test_shared_contexts_give_the_same_bits_again(device: torch.device) -> None:
     """Whoever arrives last adds in the order of the parts."""
     layout, chunk = LAYOUTS[0], SPLIT[0]
@@ -146,6 +147,7 @@ def test_keys_below_the_window_are_not_read(device: torch.device) -> None:
     assert torch.isfinite(_fused(inputs, layout, chunk)[0]).all()
 
 
+@pytest.mark.usefixtures("products_in_order")
 @pytest.mark.parametrize("tile", TILES[1::2])
 @pytest.mark.parametrize("start", [0, 21])
 def test_padding_does_not_change_the_bits(

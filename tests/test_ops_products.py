@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from jitgraph.jit.disk_cache import DiskCache
 from jitgraph.ops import known_products, products
 from jitgraph.ops.cublaslt import Algorithm
-from jitgraph.ops.known_products import Where, known_codes, table
+from jitgraph.ops.known_products import Where, code_name, known_codes, table
 from jitgraph.ops.linear import Products
 from jitgraph.ops.products import TUNED_TOKENS, TunedProducts, tune_products, tuned_points
-from jitgraph.ops.reference_linear import ProductShape, SplitScratch
+from jitgraph.ops.reference_linear import ProductShape, SplitScratch, Use
+from jitgraph.ops.tiles import is_tile, tile_of
 
 LEAST, MOST = 17, 96
 SHAPES = (ProductShape(512, 1024, False), ProductShape(1024, 512, True))
@@ -44,7 +45,7 @@ class _Recorder(TunedProducts):
     """Says of each product whether it was asked for it, and takes only those of 32 tokens."""
 
     def __init__(self) -> None:
-        super().__init__({}, torch.empty(0, dtype=torch.uint8))
+        super().__init__({}, {}, torch.empty(0, dtype=torch.uint8))
         self.asked: list[tuple[int, bool]] = []
 
     def product(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, add: bool) -> bool:
@@ -159,9 +160,18 @@ def test_tables_of_the_package_are_whole() -> None:
     for path in sorted(known_products.FOLDER.glob("*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         shapes = [ProductShape(*shape) for shape in found["shapes"]]
-        names = {known_products.code_name(shape, tokens) for shape in shapes for tokens in found["points"]}
+        names = {
+            code_name(*shape[:2], tokens, use)
+            for shape in shapes
+            for tokens in found["points"]
+            for use in (shape.use, Use.GATED)
+        }
         assert set(found["codes"]) <= names and found["codes"]
-        assert all(len(bytes.fromhex(code)) == 64 for code in found["codes"].values())
+        for name, code in found["codes"].items():
+            if is_tile(code):
+                assert tile_of(code).split == 1 or not name.endswith(Use.GATED.value)
+            else:
+                assert len(bytes.fromhex(code)) == 64
 
 
 # ------------------------------------------------------------------------------------------------------------- on a GPU
@@ -211,7 +221,7 @@ def test_a_stored_algorithm_that_the_library_refuses_is_not_used(
 ) -> None:
     cache = DiskCache(tmp_path)
     tuning = products.Tuning(matrices, tuned_points(LEAST, MOST), torch.empty(2**20, dtype=torch.uint8, device="cuda"))
-    names = [products.code_name(shape, point) for shape in SHAPES for point in tuned_points(LEAST, MOST)]
+    names = [code_name(*shape[:2], point, shape.use) for shape in SHAPES for point in tuned_points(LEAST, MOST)]
     tuning.store(cache, dict.fromkeys(names, "ff" * 64))
     tuned = tune_products(matrices, LEAST, MOST, cache, lambda done, total: None)
     assert tuned is not None and len(tuned) == 0
@@ -225,7 +235,7 @@ def test_what_the_package_knows_is_not_measured(
     tuning = products.Tuning(matrices, points, torch.empty(2**20, dtype=torch.uint8, device="cuda"))
     product = tuning._product(SHAPES[0], 32)
     code = product.candidates(1, products.WORKSPACE_BYTES)[0].code.hex()
-    text = table(tuning.where, matrices, points, {products.code_name(SHAPES[0], 32): code})
+    text = table(tuning.where, matrices, points, {code_name(*SHAPES[0][:2], 32, Use.PLAIN): code})
     (tmp_path / "this.json").write_text(text)
     known = partial(known_codes, folder=tmp_path)
     monkeypatch.setattr(products, "known_codes", known)

@@ -264,6 +264,7 @@ def test_rope_append(device: torch.device, layout: tuple[int, int, int], dtype: 
             assert torch.equal(results[0][1].nan_to_num(7.0), results[1][1].nan_to_num(7.0))
 
 
+@pytest.mark.usefixtures("products_in_order")
 @pytest.mark.parametrize("ops", ["invariant reference", "invariant kernels"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_padding_and_neighbours_leave_the_bits(device: torch.device, ops: str, dtype: torch.dtype) -> None:

@@ -3,7 +3,8 @@ and has the same bits on every machine.
 
 ``benchmarks/tune_products.py`` makes them, searching longer than a start could. A table is a JSON file: for which
 device, version of cuBLASLt and dtype it holds, the shapes and token counts that were measured, and the codes of the
-algorithms that beat torch there; what was measured and has no code is left to torch.
+algorithms that beat torch there; what was measured and has no code is left to torch. Up to ``tiles.TILE_TOKENS`` a code
+may be a tile of the project's own kernel instead.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jitgraph.ops.reference_linear import ProductShape
+from jitgraph.ops.reference_linear import ProductShape, Use
 
 FOLDER = Path(__file__).resolve().parent.parent / "assets" / "products"
 
 Codes = dict[str, str]
-"""Shape and number of tokens (``code_name``) to an algorithm's code in hexadecimal; only where it beats torch."""
+"""Shape, number of tokens and use (``code_name``) to an algorithm's code in hexadecimal, or to a tile's; only where it
+beats torch."""
 
 
 class Where(NamedTuple):
@@ -31,9 +33,9 @@ class Where(NamedTuple):
     """As torch prints it."""
 
 
-def code_name(shape: ProductShape, tokens: int) -> str:
+def code_name(n: int, k: int, tokens: int, use: Use) -> str:
     """The name of a product in a table."""
-    return f"{shape.n}x{shape.k}x{tokens}{'+' if shape.add else ''}"
+    return f"{n}x{k}x{tokens}{use.value}"
 
 
 def known_codes(

@@ -5,7 +5,8 @@ tensor-core kernel with the weights as rows. Above: cuBLAS, whose epilogue adds 
 variants use the tensor-core kernel for every count with one order of summation per element, so that the bits of a
 token's row depend on that row alone. The ``kernels_`` variants never use the library. No call allocates (cuBLAS has its
 workspace from the first call on) or synchronises.
-``Products(..., tuned)`` takes the library's algorithms from a measurement (``products.py``).
+``Products(..., tuned)`` takes the library's algorithms from a measurement (``products.py``), and up to ``TILE_TOKENS``
+the tensor-core kernel where a table of the package says so, with the activation inside where that is its product.
 """
 
 from __future__ import annotations
@@ -17,24 +18,24 @@ from jitgraph.ops.elementwise import add_rms_norm, assert_contiguous, ceil_div, 
 from jitgraph.ops.linear_kernels import gemv_kernel, skinny_kernel
 from jitgraph.ops.pdl import PDL_TOKENS, pdl_options
 from jitgraph.ops.products import TunedProducts
-from jitgraph.ops.reference_linear import SplitScratch
+from jitgraph.ops.reference_linear import SplitScratch, Use
+from jitgraph.ops.tiles import LEAST_ROWS, MAX_SPLIT, TILE_TOKENS, Tile, width
 
 SKINNY_TOKENS = 16
 """Tokens up to which the tensor-core kernel is ahead of cuBLAS on an H200 (``docs/log.md`` has the figures)."""
 _FILL_PROGRAMS = 128
 """Programs that keep the multiprocessors of a large GPU busy; with fewer the sum is split."""
-_MAX_SPLIT = 4
 _BLOCK_N = 64
 
 
 def partial_words(n: int) -> int:
     """float32 words of ``SplitScratch.partial`` that products of up to ``n`` outputs need."""
-    return _MAX_SPLIT * min(n, _FILL_PROGRAMS * _BLOCK_N) * SKINNY_TOKENS
+    return MAX_SPLIT * min(n, _FILL_PROGRAMS * _BLOCK_N) * TILE_TOKENS
 
 
 def arrival_words(n: int) -> int:
     """int32 words of ``SplitScratch.arrivals`` for products of up to ``n`` outputs."""
-    return ceil_div(min(n, _FILL_PROGRAMS * _BLOCK_N), _BLOCK_N)
+    return ceil_div(min(n, _FILL_PROGRAMS * _BLOCK_N), LEAST_ROWS)
 
 
 def product_classes(chunk_tokens: int) -> tuple[int, ...]:
@@ -71,7 +72,9 @@ class Products:
             _gemv(residual, norm, eps, weight, bias, None, out, gated=False)
             return
         _norm(pending, residual, norm, eps, normed)
-        if self._in_library(normed):
+        if (tile := self._tile(normed, weight, bias, Use.PLAIN)) is not None:
+            launch_tile(normed, weight, None, out, scratch, Use.PLAIN, tile)
+        elif self._in_library(normed):
             self._library_linear(normed, weight, bias, out)
         else:
             self._tiles(normed, weight, bias, None, out, scratch, gated=False)
@@ -89,6 +92,8 @@ class Products:
         leaves the addition to the next norm."""
         if self._is_vector(x):
             _gemv(x, None, 0.0, weight, bias, residual, residual, gated=False)
+        elif (tile := self._tile(x, weight, bias, Use.ADD)) is not None:
+            launch_tile(x, weight, residual, residual, scratch, Use.ADD, tile)
         elif not self._in_library(x):
             self._tiles(x, weight, bias, residual, residual, scratch, gated=False)
         elif bias is None:
@@ -117,7 +122,9 @@ class Products:
             _gemv(residual, norm, eps, weight, bias, None, activated, gated=True)
             return
         _norm(pending, residual, norm, eps, normed)
-        if self._in_library(normed):
+        if (tile := self._tile(normed, weight, bias, Use.GATED)) is not None:
+            launch_tile(normed, weight, None, activated, scratch, Use.GATED, tile)
+        elif self._in_library(normed):
             self._library_linear(normed, weight, bias, gate_up)
             silu_mul(gate_up, activated)
         else:
@@ -125,6 +132,10 @@ class Products:
 
     def _is_vector(self, x: torch.Tensor) -> bool:
         return self._vector and x.shape[0] == 1
+
+    def _tile(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, use: Use) -> Tile | None:
+        """How the tensor-core kernel does this product, where a table says that it is the fastest."""
+        return None if self._tuned is None or bias is not None else self._tuned.tile(x, weight, use)
 
     def _in_library(self, x: torch.Tensor) -> bool:
         """float32 as well: tensor cores would round it, and plain arithmetic in a tile is slow."""
@@ -226,9 +237,11 @@ def _skinny(
     """2 to ``SKINNY_TOKENS`` tokens; the sum is split where there are too few rows of weight to fill the device."""
     n, k = out.shape[1], x.shape[1]
     split = 1
-    while not gated and split < _MAX_SPLIT and ceil_div(n, _BLOCK_N) * split < _FILL_PROGRAMS and k // split > 1024:
+    while not gated and split < MAX_SPLIT and ceil_div(n, _BLOCK_N) * split < _FILL_PROGRAMS and k // split > 1024:
         split *= 2
-    _launch_tiled(x, weight, bias, residual, out, scratch, gated, 16, split, stages=3 if gated else 4)
+    depth = min(128, max(16, next_power_of_two(k)))
+    tile = Tile(_BLOCK_N, depth, split, 4, 3 if gated else 4, early=False)
+    _launch_tiled(x, weight, bias, residual, out, scratch, gated, 16, tile)
 
 
 def _tiled(
@@ -247,7 +260,24 @@ def _tiled(
     """
     tokens = x.shape[0]
     wide = 16 if tokens <= 16 else 64 if tokens <= 64 or gated else 128
-    _launch_tiled(x, weight, bias, residual, out, scratch, gated, wide, split=1, stages=3)
+    depth = min(128, max(16, next_power_of_two(x.shape[1]))) if wide < 128 else 64
+    _launch_tiled(x, weight, bias, residual, out, scratch, gated, wide, Tile(_BLOCK_N, depth, 1, 4, 3, early=False))
+
+
+def launch_tile(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    scratch: SplitScratch,
+    use: Use,
+    tile: Tile,
+) -> None:
+    """2 to ``TILE_TOKENS`` tokens of half floats, cut as ``tile`` says. ``residual``: with ``Use.ADD`` what is added,
+    which may be ``out``."""
+    gated = use is Use.GATED
+    assert tile.split == 1 or not gated, "two sums are not split"
+    _launch_tiled(x, weight, None, residual, out, scratch, gated, width(x.shape[0]), tile)
 
 
 def _launch_tiled(
@@ -259,15 +289,15 @@ def _launch_tiled(
     scratch: SplitScratch,
     gated: bool,
     block_m: int,
-    split: int,
-    stages: int,
+    tile: Tile,
 ) -> None:
     _check(x, weight, bias, residual, out, gated)
     tokens, k = x.shape
-    n = out.shape[1]
-    assert split == 1 or (scratch.partial.numel() >= split * n * tokens and scratch.arrivals.numel() >= ceil_div(n, 64))
+    n, split = out.shape[1], tile.split
+    blocks = ceil_div(n, tile.rows)
+    assert split == 1 or (scratch.partial.numel() >= split * n * tokens and scratch.arrivals.numel() >= blocks)
     wide = x.dtype == torch.float32
-    skinny_kernel[(ceil_div(n, _BLOCK_N), split, ceil_div(tokens, block_m))](
+    skinny_kernel[(blocks, split, ceil_div(tokens, block_m))](
         x,
         weight,
         x if bias is None else bias,  # never read without BIAS
@@ -282,14 +312,14 @@ def _launch_tiled(
         BIAS=bias is not None,
         ADD=residual is not None,
         BLOCK_M=block_m,
-        BLOCK_N=_BLOCK_N,
-        BLOCK_K=32 if wide else min(128, max(16, next_power_of_two(k))) if block_m < 128 else 64,
+        BLOCK_N=tile.rows,
+        BLOCK_K=32 if wide else tile.depth,
         SPLIT_K=split,
         PRECISION="ieee" if wide else "tf32",
         WIDEN=x.dtype == torch.bfloat16 and interpreting(),
-        PDL=False,
-        num_warps=4,
-        num_stages=2 if wide else stages,
+        num_warps=tile.warps,
+        num_stages=2 if wide else tile.stages,
+        **(pdl_options(tokens) if tile.early else {"PDL": False}),
     )
 
 

@@ -23,7 +23,8 @@ from jitgraph.jit.disk_cache import DiskCache, Lookup
 from jitgraph.jit.driver import raw_stream
 from jitgraph.ops.cublaslt import Algorithm, CublasLtUnavailable, Product, cublaslt
 from jitgraph.ops.known_products import Codes, Where, code_name, known_codes
-from jitgraph.ops.reference_linear import ProductShape
+from jitgraph.ops.reference_linear import ProductShape, Use
+from jitgraph.ops.tiles import TILE_TOKENS, Tile, is_tile, tile_of, width
 
 TUNED_TOKENS = 512
 """Most tokens that are measured; a prompt's chunk is no longer by default."""
@@ -59,14 +60,18 @@ _HEAD_START_CYCLES = 200_000  # the host launches all, or nearly, before the dev
 
 
 Choice = tuple[Product, Algorithm]
+Named = tuple[int, int, int, Use]
+"""Tokens, N, K and use."""
 Progress = Callable[[int, int], None]
 
 
 class TunedProducts:
     """Algorithms by shape and number of tokens, for one device and dtype."""
 
-    def __init__(self, choices: dict[tuple[int, int, int, bool], Choice], workspace: torch.Tensor) -> None:
+    def __init__(self, choices: dict[Named, Choice], tiles: dict[Named, Tile], workspace: torch.Tensor) -> None:
+        """``tiles``: what the project's own kernel does, and how."""
         self._choices = choices
+        self._tiles = tiles
         self._workspace = workspace
 
     def __len__(self) -> int:
@@ -75,12 +80,24 @@ class TunedProducts:
     def product(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, add: bool) -> bool:
         """out = x @ weight.T (+ out) on the current stream; False, and nothing done, where torch does as well."""
         n, k = weight.shape
-        choice = self._choices.get((x.shape[0], n, k, add))
+        choice = self._choices.get((x.shape[0], n, k, Use.ADD if add else Use.PLAIN))
         if choice is None:
             return False
         product, algorithm = choice
         product.launch(x, weight, out, add, algorithm, self._workspace, raw_stream()(x.device.index))
         return True
+
+    def tile(self, x: torch.Tensor, weight: torch.Tensor, use: Use) -> Tile | None:
+        """How the project's own kernel does a product; None where it does not."""
+        n, k = weight.shape
+        return self._tiles.get((x.shape[0], n, k, use))
+
+    def classes(self) -> tuple[int, ...]:
+        """Token counts that between them launch every kernel of a tile: Triton tells multiples of 16 from others."""
+        found: dict[tuple[object, ...], int] = {}
+        for (tokens, *product), tile in self._tiles.items():
+            found.setdefault((*product, tile, width(tokens), tokens % 16 == 0), tokens)
+        return tuple(sorted(set(found.values())))
 
 
 def tuned_points(least: int, most: int) -> list[int]:
@@ -108,7 +125,7 @@ def tune_products(
         if stored is None:
             stored = tuning.measure(progress)
             tuning.store(cache, stored)
-        return TunedProducts(dict(tuning.choices(stored, least)), workspace)
+        return TunedProducts(dict(tuning.choices(stored, least)), dict(tuning.tiles(stored, least)), workspace)
     except CublasLtUnavailable:
         return None
 
@@ -143,18 +160,33 @@ class Tuning:
         """Keeps it for later starts, if the folder can be written."""
         cache.put(self._key, json.dumps(codes).encode())
 
-    def choices(self, codes: Codes, least: int) -> Iterator[tuple[tuple[int, int, int, bool], Choice]]:
+    def choices(self, codes: Codes, least: int) -> Iterator[tuple[Named, Choice]]:
         """For each count the algorithm of the next point above, if the library takes it for that count as well."""
         for shape in self._matrices:
-            first = least
-            for point in self._points:
-                code = codes.get(code_name(shape, point))
-                for tokens in range(first, point + 1) if code else ():
-                    product = self._product(shape, tokens)
-                    algorithm = product.checked(bytes.fromhex(code or ""))
-                    if algorithm is not None and algorithm.workspace <= WORKSPACE_BYTES:
-                        yield (tokens, shape.n, shape.k, shape.add), (product, algorithm)
-                first = point + 1
+            for tokens, code in self._spread(codes, shape.n, shape.k, shape.use, least):
+                if is_tile(code):
+                    continue
+                product = self._product(shape, tokens)
+                algorithm = product.checked(bytes.fromhex(code))
+                if algorithm is not None and algorithm.workspace <= WORKSPACE_BYTES:
+                    yield (tokens, shape.n, shape.k, shape.use), (product, algorithm)
+
+    def tiles(self, codes: Codes, least: int) -> Iterator[tuple[Named, Tile]]:
+        """The same for the project's own kernel, which may take the activation in as well."""
+        for shape in self._matrices:
+            for use in (shape.use,) if shape.add else (shape.use, Use.GATED):
+                for tokens, code in self._spread(codes, shape.n, shape.k, use, least):
+                    if is_tile(code) and tokens <= TILE_TOKENS:
+                        yield (tokens, shape.n, shape.k, use), tile_of(code)
+
+    def _spread(self, codes: Codes, n: int, k: int, use: Use, least: int) -> Iterator[tuple[int, str]]:
+        """Each count from ``least`` on with the code of the next point above, where it has one."""
+        first = least
+        for point in self._points:
+            code = codes.get(code_name(n, k, point, use))
+            if code:
+                yield from ((tokens, code) for tokens in range(first, point + 1))
+            first = point + 1
 
     def _product(self, shape: ProductShape, tokens: int) -> Product:
         return Product(self._library, tokens, shape.n, shape.k, self._dtype)
@@ -176,7 +208,7 @@ class Tuning:
                 near = sorted(pool, key=lambda other, here=tokens: abs(other - here))[:_NEAR]  # type: ignore[misc]
                 best = self._bench(shape, matrices, tokens).best([one for other in near for one in pool[other]])
                 if best is not None:
-                    codes[code_name(shape, tokens)] = best.code.hex()
+                    codes[code_name(shape.n, shape.k, tokens, shape.use)] = best.code.hex()
                 done += 1
                 progress(done, total)
         return codes
@@ -268,7 +300,7 @@ class _Bench:
         def launch(weight: torch.Tensor) -> None:
             self._product.launch(self._x, weight, self._out, self._add, algorithm, self._workspace, self._stream)
 
-        return _time_us(launch, self._matrices[:layers], self._out)
+        return time_us(launch, self._matrices[:layers], self._out)
 
     def _torch_us(self) -> float:
         def launch(weight: torch.Tensor) -> None:
@@ -277,7 +309,7 @@ class _Bench:
             else:
                 torch.mm(self._x, weight.t(), out=self._out)
 
-        return _time_us(launch, self._matrices[:_FINAL_LAYERS], self._out)
+        return time_us(launch, self._matrices[:_FINAL_LAYERS], self._out)
 
     def _right(self, algorithm: Algorithm) -> bool:
         """Whether the algorithm gives what torch gives but for rounding."""
@@ -296,7 +328,7 @@ def _agree(rounds: Sequence[Sequence[float]]) -> bool:
     return all(second <= first * (1 + _AGREE) for first, second in best)
 
 
-def _time_us(launch: Callable[[torch.Tensor], None], matrices: Sequence[torch.Tensor], out: torch.Tensor) -> float:
+def time_us(launch: Callable[[torch.Tensor], None], matrices: Sequence[torch.Tensor], out: torch.Tensor) -> float:
     """Microseconds of one product, over several layers' matrices one after the other; infinite if it fails."""
     out.zero_()  # sums of many products would leave the range of half floats
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -8,6 +8,7 @@ has a contract of its own: ``linear_add`` returns what is still to be added to i
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum
 from functools import partial
 from typing import NamedTuple
 
@@ -16,12 +17,27 @@ import torch
 from jitgraph.ops.reference import add_rms_norm, rms_norm, silu_mul
 
 
+class Use(Enum):
+    """What becomes of a product."""
+
+    PLAIN = ""
+    ADD = "+"
+    """It is added to what the output held."""
+    GATED = "g"
+    """Its halves are a gate and what the gate lets through: the output is silu(gate) * up."""
+
+
 class ProductShape(NamedTuple):
     """The products ``[T, K] @ [N, K].T`` of a model, added to their output or not."""
 
     n: int
     k: int
     add: bool
+
+    @property
+    def use(self) -> Use:
+        """What becomes of them, as far as the library is concerned."""
+        return Use.ADD if self.add else Use.PLAIN
 
 
 class SplitScratch(NamedTuple):

@@ -51,6 +51,8 @@ class Ops:
     with the shape, in the batch-invariant mode. Not every model may use it: ``model/decoder.py`` decides."""
     chunk_attention: Op | None = None
     """``prefill_attention`` of a chunk that ``rope_append`` has left in qkv; None as above."""
+    tuned_counts: tuple[int, ...] = ()
+    """Prompt sizes at which a measurement chose kernels that no other size needs."""
 
     def describe(self) -> dict[str, str]:
         """Op name to the module that implements it."""
@@ -66,7 +68,7 @@ class Ops:
 
 def op_names() -> list[str]:
     """The names of all ops."""
-    return [f.name for f in fields(Ops) if f.name not in ("flavour", "invariant")]
+    return [f.name for f in fields(Ops) if f.name not in ("flavour", "invariant", "tuned_counts")]
 
 
 STATIC_OPS = ("embed", "norm_linear", "linear_add", "norm_gated")
@@ -115,7 +117,8 @@ def with_tuned_products(ops: Ops, tuned: TunedProducts) -> Ops:
 
     products = Products(library=True, vector=True, tuned=tuned)
     names = ("norm_linear", "linear_add", "norm_gated")
-    return replace(ops, **{name: getattr(products, name) for name in names})
+    bound = {name: getattr(products, name) for name in names}
+    return replace(ops, tuned_counts=tuned.classes(), **bound)
 
 
 def _implementations(module: ModuleType, names: list[str], invariant: bool) -> dict[str, Op]:
@@ -182,4 +185,5 @@ def prompt_classes(ops: Ops, num_heads: int, chunk_tokens: int) -> tuple[int, ..
         wanted |= {*fused_classes(num_heads, min(chunk_tokens, JOINED_TOKENS))}
     if ops.chunk_attention is not None:
         wanted |= {*chunk_classes(num_heads, chunk_tokens)}
+    wanted |= {count for count in ops.tuned_counts if count <= chunk_tokens}
     return tuple(sorted(wanted))
