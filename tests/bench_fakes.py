@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jitgraph.bench import jobs
-from jitgraph.bench.cases.common import CaseUnavailable, FirstToken
+from jitgraph.bench.cases.common import CaseUnavailable, Decoded, FirstToken
 from jitgraph.bench.gate import Reference, references_from_json, references_to_json
 from jitgraph.bench.jobs import Job
 from jitgraph.bench.plan import LINEARS, Options, Plan
@@ -38,11 +38,14 @@ class FakeCase:
         value = self.base + self.requests / 1000
         return FirstToken(self.token_id, value, value / 2)
 
-    def decode(self, token_ids: list[int], tokens: int) -> list[float]:
-        return [self.base / 10] * (tokens - 1)
+    def decode(self, token_ids: list[int], tokens: int) -> Decoded:
+        return Decoded(self.base, (self.base / 10,) * (tokens - 1))
 
     def paths(self) -> dict[str, dict[str, int]]:
         return {"prefill": {"exact": self.requests, "padded": 0, "eager": 0}, "decode": {"exact": 0}}
+
+    def counters(self) -> dict[str, int]:
+        return {}
 
     def peak_memory_bytes(self) -> int:
         return 3 * 2**30
@@ -69,7 +72,7 @@ class FakeLauncher:
         return getattr(self, job.kind if job.kind != "gate" else "answer_gate")(Job.from_json(job.to_json()))
 
     def prepare(self, job: Job) -> Outcome:
-        options = Options(**{**job.options, "prompt_lengths": tuple(job.options["prompt_lengths"])})
+        options = Options.from_json(job.options)
         plan = options.plan("cpu")
         environment = {"device_name": self.device_name, "torch": "2.13"}
         prompts = make_prompts(range(1000), plan.prompt_lengths)
@@ -93,10 +96,12 @@ class FakeLauncher:
         subject = self.cases[job.case]
         if isinstance(subject, CaseUnavailable):
             return Outcome(subject.status, str(subject))
-        writer = RawWriter(Path(job.folder), job.case)
-        meter = Meter(job.case, subject, job.the_plan, job.prompts, writer, lambda done: None, job.deadline_s)
+        writer = RawWriter(Path(job.folder), job.case, job.restart)
+        measured = frozenset(job.measured)
+        meter = Meter(job.case, subject, job.the_plan, job.prompts, writer, lambda done: None, job.deadline_s, measured)
         meter.sleep = lambda seconds: None
         facts = {**subject.describe(), "ungated": job.reference is None, "attribution": subject.attribution([1])}
+        facts |= {"resumed": bool(job.measured), "plan": job.the_plan.to_json()}
         try:
             meter.cold(1.5, None if job.reference is None else references_from_json(job.reference))
             meter.timed()

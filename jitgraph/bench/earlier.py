@@ -18,7 +18,16 @@ KEPT_LOG = "prepare.log"
 FOREIGN = "runtime-"
 """Beginning of the files of ``benchmarks/runtime.py``, which keeps a record of its own in the same folder."""
 TABLES = (
-    *("case*.csv", "ablation_*", "final_*_table.*", "approach_summary.*", "speedup_table.*", "summary.json"),
+    *(
+        "case*.csv",
+        "ablation_*",
+        "peer*",
+        "restart_table.*",
+        "final_*_table.*",
+        "approach_summary.*",
+        "speedup_table.*",
+        "summary.json",
+    ),
     *("figures.json", "environment.json", "report.html", "comparison.html", "plots"),
 )
 SUFFIX = ".earlier"

@@ -14,6 +14,7 @@ from jitgraph.bench.plots import FOLDER as PLOTS
 from jitgraph.bench.plots import Drawn, draw, missing_reason, write_plots
 from jitgraph.bench.plots_run import run_plots
 from jitgraph.bench.records import write_text
+from jitgraph.bench.remarks import remarks
 from jitgraph.bench.report_approaches import write_approaches
 from jitgraph.bench.report_html import Section, bullet_list, figures, page, paragraph
 from jitgraph.bench.report_runtime import host_cost, padding_cost
@@ -28,7 +29,6 @@ from jitgraph.bench.report_sections import (
     start_html,
 )
 from jitgraph.bench.study import Study
-from jitgraph.bench.tables import remarks
 
 FILE = "report.html"
 BANNER = (

@@ -18,10 +18,11 @@ from rich.progress import (
 from rich.table import Table
 
 from jitgraph.bench.ablation import AblationTable, ablation_caption, ablation_header, ablation_tables
+from jitgraph.bench.finals import AVERAGE, caption, final_tables, header
 from jitgraph.bench.plan import CASES, PROTOCOLS
+from jitgraph.bench.remarks import remarks
 from jitgraph.bench.study import Study
 from jitgraph.bench.table_text import EMULATED, NO_VALUE
-from jitgraph.bench.tables import AVERAGE, caption, final_tables, header, remarks
 
 
 class Board:
