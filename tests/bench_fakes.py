@@ -66,9 +66,11 @@ class FakeLauncher:
     def __init__(self, cases: dict[str, FakeCase | CaseUnavailable], gate: Outcome | None = None) -> None:
         self.cases, self.gate, self.kinds = cases, gate, list[str]()
         self.device_name = "Fake GPU"
+        self.again: dict[str, FakeCase] = {}
+        """Cases whose later processes are others."""
 
     def __call__(self, job: Job, python: str | None, log: Path, on_progress: Callable[[int, int], None]) -> Outcome:
-        self.kinds.append(job.case or job.kind)
+        self.kinds.append(f"{job.case} start" if job.kind == "start" else job.case or job.kind)
         return getattr(self, job.kind if job.kind != "gate" else "answer_gate")(Job.from_json(job.to_json()))
 
     def prepare(self, job: Job) -> Outcome:
@@ -92,10 +94,17 @@ class FakeLauncher:
         writer.close()
         return Outcome(jobs.COMPLETE, "", {"by_pacing": dict.fromkeys(job.the_plan.pacings, RATES)})
 
+    def start(self, job: Job) -> Outcome:
+        assert job.empty_caches and Path(job.empty_caches).is_dir()
+        warm = self.kinds.count(f"{job.case} start") > 1
+        return Outcome(jobs.COMPLETE, "", {"ready_s": 1.0 if warm else 9.0, "first_token_s": 2.0 if warm else 10.0})
+
     def case(self, job: Job) -> Outcome:
         subject = self.cases[job.case]
         if isinstance(subject, CaseUnavailable):
             return Outcome(subject.status, str(subject))
+        if job.restart:
+            subject = self.again.get(job.case, subject)
         writer = RawWriter(Path(job.folder), job.case, job.restart)
         measured = frozenset(job.measured)
         meter = Meter(job.case, subject, job.the_plan, job.prompts, writer, lambda done: None, job.deadline_s, measured)

@@ -47,8 +47,8 @@ def parse_cpus(text: str | None) -> tuple[int, ...]:
     found: set[int] = set()
     try:
         for part in text.split(","):
-            first, _, last = part.partition("-")
-            found |= set(range(int(first), int(last or first) + 1))
+            first, dash, last = part.partition("-")
+            found |= set(range(int(first), int(last if dash else first) + 1))
     except ValueError:
         raise ConfigError(f"--pin-cpu wants cores such as 2-5,8, not {text!r}") from None
     require(bool(found), f"--pin-cpu wants cores such as 2-5,8, not {text!r}")

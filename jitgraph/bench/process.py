@@ -152,7 +152,7 @@ class Worker:
         minutes = (self.job.limit_s or 0.0) / 60
         self.outcome.status = jobs.HUNG
         self.outcome.reason = (
-            f"it did not end within {minutes:g} minutes and was ended; rows measured before are kept "
+            f"it did not end within {minutes:.3g} minutes and was ended; rows measured before are kept "
             "(--case-minutes gives it more, --resume measures what is missing)"
         )
         self.over = True

@@ -9,7 +9,7 @@ from typing import Any
 
 from jitgraph.bench.ablation import HOST_LINES, HOST_US, LAUNCHES, ablation_caption, ablation_header, ablation_tables
 from jitgraph.bench.case_tables import case_csv
-from jitgraph.bench.finals import AVERAGE, caption, final_tables, header
+from jitgraph.bench.finals import AVERAGE, TIE, caption, final_tables, header
 from jitgraph.bench.plan import ABLATION_COLUMNS, ALL_CASES, CASES, INTERACTIVE, PROTOCOLS, TITLES, WARMUP
 from jitgraph.bench.plots_data import common_means_ms, peak_memory_gib, richest_rows, start_ups
 from jitgraph.bench.plots_draw import short
@@ -91,7 +91,9 @@ def final_html(study: Study, protocol: str) -> str:
                 if not cells[column]:
                     cells[column] = "" if line[0] == AVERAGE else why_empty(study, case)
                     soft.add((number, column))
-            if cells[-1]:
+            if cells[-1] == TIE:
+                soft.add((number, len(cells) - 1))
+            elif cells[-1]:
                 strong.add((number, len(cells) - 1))
                 strong |= {(number, column) for column in range(1, len(cells) - 1) if head[column] == cells[-1]}
             cells[-1] = cells[-1].removesuffix(EMULATED)  # its column's title says so

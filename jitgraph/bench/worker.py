@@ -26,7 +26,7 @@ from jitgraph.bench.plan import BY_REQUEST, LINEARS, Options
 from jitgraph.bench.protocol import GateFailed, Meter, TimeUp
 from jitgraph.bench.records import RawWriter, raw_path
 from jitgraph.bench.turns import Turns
-from jitgraph.errors import JitgraphError
+from jitgraph.errors import ConfigError, JitgraphError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """Errors of a disk that takes no more."""
@@ -191,9 +191,26 @@ def attribution(subject: Case, job: Job) -> dict[str, Any]:
 JOBS = {"prepare": prepare, "gate": gate, "ceiling": ceiling, "case": case, "start": start}
 
 
+def pin(job: Job) -> None:
+    """Holds this process, and whatever it will start, to the plan's cores.
+
+    Raises:
+        ConfigError: the machine has none of them.
+    """
+    cores = job.plan.pinned_cpus if job.plan else ()
+    if not cores:
+        return
+    try:
+        os.sched_setaffinity(0, cores)
+    except OSError as error:
+        have = ", ".join(map(str, sorted(os.sched_getaffinity(0))))
+        raise ConfigError(f"--pin-cpu names no core that this process may use ({have})") from error
+
+
 def run_job(job: Job, events: Events) -> int:
     """Runs a job and tells how it ended; the exit code says the same."""
     try:
+        pin(job)  # before anything makes a thread
         events.outcome(jobs.COMPLETE, value=JOBS[job.kind](job, events))
         return 0
     except CaseUnavailable as error:
@@ -224,6 +241,4 @@ def main() -> int:
     """Process entry."""
     with os.fdopen(int(sys.argv[1]), "w", encoding="utf-8") as pipe:
         job = Job.from_json(sys.stdin.readline())
-        if job.plan is not None and job.plan.pinned_cpus:
-            os.sched_setaffinity(0, job.plan.pinned_cpus)  # before anything makes a thread
         return run_job(job, Events(pipe))
