@@ -110,7 +110,7 @@ class FakeLauncher:
         meter = Meter(job.case, subject, job.the_plan, job.prompts, writer, lambda done: None, job.deadline_s, measured)
         meter.sleep = lambda seconds: None
         facts = {**subject.describe(), "ungated": job.reference is None, "attribution": subject.attribution([1])}
-        facts |= {"resumed": bool(job.measured), "plan": job.the_plan.to_json()}
+        facts |= {"plan": job.the_plan.to_json()}
         try:
             meter.cold(1.5, None if job.reference is None else references_from_json(job.reference))
             meter.timed()

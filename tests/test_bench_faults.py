@@ -271,6 +271,25 @@ def test_interleaved_cases_take_turns(tmp_path: Path, unit: str) -> None:
         assert f"interleaved by {unit}" in rows(tmp_path, case)["p99", 100]["notes"]
 
 
+def test_interleaved_cases_are_restarted_and_resumed(tmp_path: Path) -> None:
+    """Every process of every case takes turns with its neighbours; resuming leaves whole processes out."""
+    with completions_server(Misbehaving()) as (url, asked):
+        urls = dict.fromkeys(SERVERS[1:], url)
+        code, _ = run(tmp_path, RealCases({}), cases=SERVERS[1:], urls=urls, interleave="block", restarts=2)
+        assert code == 0
+        found = rows(tmp_path, "vllm")["p99", 100]
+        assert found["n"] == 8 and found["restarts"]["n"] == 2
+        before = len(asked)
+        again = {"cases": SERVERS[1:], "urls": urls, "interleave": "block", "resume": True}
+        assert run(tmp_path, RealCases({}), restarts=2, **again)[0] == 0
+        assert len(asked) == before, "nothing was missing"
+        assert run(tmp_path, RealCases({}), restarts=3, **again)[0] == 0
+    found = rows(tmp_path, "openai")["p99", 100]
+    assert found["n"] == 12 and found["restarts"]["n"] == 3 and "resumed" in found["notes"]
+    assert len(asked) == before * 3 // 2, "one more process of each, no more"
+    assert "Cases took turns (block by block: " in (tmp_path / "peers_ttft_table.md").read_text(encoding="utf-8")
+
+
 def test_a_case_that_dies_or_hangs_in_its_turn_leaves_the_others_to_go_on(tmp_path: Path, other: str) -> None:
     release = threading.Event()
     pids: list[int] = []

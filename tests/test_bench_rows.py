@@ -22,6 +22,7 @@ from rich.console import Console
 from jitgraph.bench import jobs
 from jitgraph.bench.case_tables import COLUMNS
 from jitgraph.bench.cases.common import FirstToken
+from jitgraph.bench.earlier import put_aside
 from jitgraph.bench.finals import TIE, final_tables, peer_columns
 from jitgraph.bench.instruments import Instruments, energy_meter
 from jitgraph.bench.jobs import Job
@@ -181,6 +182,28 @@ def test_start_times_are_taken_cold_and_warm(tmp_path: Path) -> None:
     assert values == {"ready_cold_s": 9.0, "ready_warm_s": 1.0}
     assert row_of(found, case="hybrid", metric="first_token_cold_s")["mean"] == 10.0
     assert "as that left it (warm)" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_starts_are_timed_after_turns_as_well(tmp_path: Path) -> None:
+    launcher = fast_and_slow()
+
+    def together(tasks: Any, on_progress: Any) -> dict[str, Any]:
+        return {task.job.case: launcher(task.job, None, task.log, lambda done, total: None) for task in tasks}
+
+    settings = {"prompt_lengths": (10,), "ttft_iterations": 2, "p99_iterations": 0, "interleave": "request"}
+    options = Options(output=str(tmp_path), cases=("jit", "hybrid"), start_times=True, **settings)  # type: ignore[arg-type]
+    assert run_benchmark(options, Console(file=io.StringIO()), launcher, together) == 0
+    assert launcher.kinds[3:] == ["jit", "hybrid", "jit start", "jit start", "hybrid start", "hybrid start"]
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert row_of(found, case="jit", metric="ready_warm_s")["mean"] == 1.0
+
+
+def test_what_was_watched_alone_is_no_study(tmp_path: Path) -> None:
+    """A run that measured nothing is not put aside for the readings of its GPU."""
+    prepare_folder(tmp_path)
+    raw_path(tmp_path, WATCH).write_text("{}\n")
+    put_aside(tmp_path, lambda note: None)
+    assert not list(tmp_path.glob("earlier-*")) and not raw_path(tmp_path, WATCH).exists()
 
 
 def test_a_cold_start_has_caches_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from jitgraph.bench import jobs
 from jitgraph.bench.records import RAW, raw_path, read_json
+from jitgraph.bench.watch import WATCH
 from jitgraph.errors import OutputError
 
 KEPT_LOG = "prepare.log"
@@ -41,7 +42,7 @@ def put_aside(folder: Path, note: Callable[[str], None]) -> None:
         OutputError: they cannot be moved.
     """
     raw = [f for f in (folder / RAW).iterdir() if f.name != KEPT_LOG and not f.name.startswith(FOREIGN)]
-    measured = any(file.suffix == ".jsonl" and file.stat().st_size for file in raw)
+    measured = any(file.suffix == ".jsonl" and file.name != WATCH and file.stat().st_size for file in raw)
     try:
         if not measured:
             for file in raw:

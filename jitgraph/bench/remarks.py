@@ -35,6 +35,8 @@ def remarks(study: Study) -> list[str]:
         found.append(f"The GPU was in use by others while cases ran ({'; '.join(others)}): measure again alone.")
     if any("cached prompts" in row.notes for row in study.rows):
         found.append("A server answered from its cache of earlier prompts: switch that off, or its times mean nothing.")
+    if taken := _turns(study):
+        found.append(f"Cases took turns ({taken}): their rows are to be compared with each other alone.")
     few = _few_samples(study)
     if few:
         count = str(few[0]) if len(few) == 1 else f"{few[0]} to {few[-1]}"
@@ -51,6 +53,15 @@ def remarks(study: Study) -> list[str]:
     if any(row.ratio is not None and row.ratio < 0.999 for row in study.rows):
         found.append("Some rows are below their ceiling: the ceiling of this run is too low, or its rows are wrong.")
     return found + [f"Flag: {flag}." for flag in study.ceiling.get("flags", [])]
+
+
+def _turns(study: Study) -> str:
+    """Which cases were interleaved, and how; empty where none was."""
+    found: dict[str, list[str]] = {}
+    for case, facts in study.cases.items():
+        if unit := (facts.get("plan") or {}).get("interleave"):
+            found.setdefault(str(unit), []).append(TITLES[case])
+    return "; ".join(f"{unit} by {unit}: {', '.join(titles)}" for unit, titles in found.items())
 
 
 def _disturbed(study: Study) -> dict[tuple[str, str], list[int]]:

@@ -18,7 +18,7 @@ from jitgraph.bench.earlier import CaseRecord
 from jitgraph.bench.jobs import Job
 from jitgraph.bench.plan import INTERACTIVE, TITLES, WARMUP, Options, Plan
 from jitgraph.bench.process import Outcome
-from jitgraph.bench.records import BlockFacts, BlockKey, RawWriter, raw_path, write_json
+from jitgraph.bench.records import BlockFacts, BlockKey, RawWriter, raw_path, read_json, write_json
 from jitgraph.bench.resume import expected_rows, keep_whole_rows
 from jitgraph.bench.show import Board
 from jitgraph.bench.turns import OnCaseProgress, Task
@@ -98,7 +98,7 @@ class CaseRuns:
         stands = True
         try:
             for restart in range(self.plan.restarts):
-                if not one.over:
+                if not self._skips(one, restart):
                     job = self._job(one, restart)
                     log = raw_path(self.folder, f"{case}.log")
                     self._took(one, restart, self.launch(job, self.options.pythons.get(case), log, self.board.advance))
@@ -116,7 +116,7 @@ class CaseRuns:
             ended_well = one.record.complete
             one.measured = keep_whole_rows(one.record.samples, self.plan)
             wanted = expected_rows(case, self.plan)
-            rows_are_there = all(wanted <= one.measured.get(k, set()) for k in range(self.plan.restarts))
+            rows_are_there = all(wanted <= one.measured.get(k, frozenset()) for k in range(self.plan.restarts))
             one.complete = one.over = ended_well and rows_are_there
         else:
             one.record.begin()
@@ -125,8 +125,16 @@ class CaseRuns:
                 one.shared_gpu = others_on(self.environment.get("device_uuid"))
             if one.shared_gpu:
                 self.board.note(f"{TITLES[case]}: the GPU is in use by others ({one.shared_gpu}); its rows say so.")
-            write_json(one.record.facts, {"status": jobs.RUNNING, "shared_gpu": one.shared_gpu})
+            known = (read_json(one.record.facts) or {}) if one.measured else {}
+            write_json(one.record.facts, {**known, "status": jobs.RUNNING, "shared_gpu": one.shared_gpu})
         return one
+
+    def _skips(self, one: Underway, restart: int) -> bool:
+        """Whether a process of the case is not started: the case is over, or an earlier run has all of it. The last one
+        always is, since it tells how the case went."""
+        last = restart == self.plan.restarts - 1
+        there = expected_rows(one.case, self.plan) <= one.measured.get(restart, frozenset())
+        return one.over or (there and not last)
 
     @staticmethod
     def _kept(one: Underway) -> str:
@@ -171,7 +179,8 @@ class CaseRuns:
         if stands:
             last = outcome.value if isinstance(outcome.value, dict) else {}
             told = {**outcome.facts, **last, "status": outcome.status, "reason": outcome.reason}
-            write_json(one.record.facts, told | ({"shared_gpu": one.shared_gpu} if one.shared_gpu else {}))
+            told |= {"shared_gpu": one.shared_gpu} if one.shared_gpu else {}
+            write_json(one.record.facts, told | ({"resumed": True} if one.measured else {}))
         if outcome.status == jobs.INTERRUPTED:
             raise KeyboardInterrupt
         kept = "" if stands else "; the folder's rows of an earlier run are kept"
@@ -194,7 +203,7 @@ class CaseRuns:
         stopped = False
         try:
             for restart in range(self.plan.restarts):
-                going = [one for one in every if not one.over]
+                going = [one for one in every if not self._skips(one, restart)]
                 tasks = [
                     Task(
                         self._job(one, restart),
@@ -207,6 +216,9 @@ class CaseRuns:
                 for one in going:
                     self._took(one, restart, outcomes[one.case])
                 stopped = any(one.outcome.status == jobs.INTERRUPTED for one in going)
+            for one in every:
+                if not stopped and not one.complete:
+                    self._start_times(one)
         except KeyboardInterrupt:
             stopped = True
             for one in every:

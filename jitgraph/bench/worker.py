@@ -97,7 +97,7 @@ def case(job: Job, events: Events) -> dict[str, Any]:
     """One case: load, first requests, gate, rows."""
     plan = job.the_plan
     turn = Turns(events, sys.stdin, plan.interleave) if job.takes_turns else _no_turns
-    events.facts({"ungated": job.reference is None, "plan": plan.to_json(), "resumed": bool(job.measured)})
+    events.facts({"ungated": job.reference is None, "plan": plan.to_json()})
     begun_s = time.time() - job.started_s
     turn("load")
     loading_s = time.time()

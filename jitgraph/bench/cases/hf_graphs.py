@@ -4,6 +4,7 @@ The method of the paper that this project follows. A length's graph is the whole
 length; a request copies its ids into the graph's input, replays it, and takes the best token outside. As nothing is
 cached, each further token is the forward pass over everything so far, through the graph of the next length. Every
 length that the benchmark needs is captured before ready, all graphs in one memory pool, since one runs at a time.
+While it is captured, transformers makes its attention mask inside the graph: it cannot ask whether it needs one.
 
 On the CPU graphs are emulated: what would have been captured runs again on the same input, and rows say so.
 """
