@@ -103,6 +103,7 @@ def test_vllm_is_driven_by_its_documented_interface(monkeypatch: pytest.MonkeyPa
     (engine,) = engines.made
     arguments = vars(engine.arguments)
     assert arguments["model"] == "folder" and arguments["enable_prefix_caching"] is False
+    assert "max_num_seqs" not in arguments, "it would capture no graphs for prompts"
     assert arguments["max_model_len"] == 1024 and arguments["dtype"] == "float16"
     token = case.first_token(PROMPT)
     assert token.token_id == 7 and token.engine_ms == pytest.approx(2.0) and token.client_ms > 0

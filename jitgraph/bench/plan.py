@@ -48,7 +48,7 @@ TITLES = {
     "jit-all": "JIT for all ops",
     "split": "JIT beside CUDA graphs",
     "hf-compile": "HF compiled",
-    "hf-graphs": "HF, a graph a length",
+    "hf-graphs": "HF exact graphs",
     "vllm": "vLLM",
     "openai": "OpenAI-compatible server",
 }

@@ -3,7 +3,8 @@
 It pins its own torch, so it usually lives in an environment of its own (``--python vllm=PATH``). A running server is
 measured over HTTP instead (``--url vllm=URL``, ``cases/url.py``). Its cache of earlier prompts is off: the same prompt
 is served many times, and a hit would time something else. All else is as users get it, but for the share of the GPU's
-memory, which is what the weights and a few gigabytes take: one request at a time needs no more.
+memory, which is what the weights and a few gigabytes take: one request at a time needs no more. Its limit of requests
+at once stays, since the sizes that it captures graphs for, and so those of prompts, follow from it.
 """
 
 from __future__ import annotations
@@ -74,7 +75,6 @@ class VLLMCase:
             dtype=plan.dtype,
             skip_tokenizer_init=True,
             max_model_len=plan.max_model_len,
-            max_num_seqs=1,
             enable_prefix_caching=False,
             gpu_memory_utilization=self._share,
         )
