@@ -25,6 +25,8 @@ ENVIRONMENT = {
     "XDG_CACHE_HOME": "the user's cache folder, where JITGRAPH_CACHE is not set",
     "XDG_RUNTIME_DIR": "the user's folder for sockets; where it is not set, a private one below the temporary folder",
     "JITGRAPH_API_KEY": "key that clients of `jitgraph serve` must show, where --api-key is not given",
+    "JITGRAPH_BENCH_API_KEY": "key that `jitgraph bench` shows to the servers that --url names",
+    "TRITON_CACHE_DIR": "set by `jitgraph bench` where it measures a cold start: where Triton keeps kernels",
     "TRITON_INTERPRET": "1 runs Triton's kernels in its CPU interpreter, for tests",
     "JITGRAPH_PYTHON": "read by the shell scripts: the Python whose environment they use instead of making .venv",
     "HF_HOME": "read by huggingface_hub: where downloaded checkpoints live",
@@ -51,6 +53,24 @@ def runtime_base() -> str | None:
 def server_api_key() -> str | None:
     """The key that clients of the server must show, from ``JITGRAPH_API_KEY``; None where it is not set or empty."""
     return os.environ.get("JITGRAPH_API_KEY") or None
+
+
+def bench_api_key() -> str | None:
+    """The key for servers that the benchmark measures, from ``JITGRAPH_BENCH_API_KEY``; None where it is not set."""
+    return os.environ.get("JITGRAPH_BENCH_API_KEY") or None
+
+
+def empty_cache_environment(folder: str) -> dict[str, str]:
+    """This process's environment with every cache of compiled code that engines keep moved below ``folder``."""
+    caches = {
+        "JITGRAPH_CACHE": "jitgraph",
+        "TRITON_CACHE_DIR": "triton",
+        "TORCHINDUCTOR_CACHE_DIR": "inductor",
+        "CUDA_CACHE_PATH": "cuda",
+        "VLLM_CACHE_ROOT": "vllm",
+        "FLASHINFER_WORKSPACE_BASE": "flashinfer",
+    }
+    return {**os.environ, **{name: os.path.join(folder, inside) for name, inside in caches.items()}}
 
 
 def engine_environment(threads: int | None = None) -> dict[str, str]:

@@ -21,7 +21,6 @@ fi
 "$venv/bin/python" -c 'import importlib.metadata as m; print("installed: vLLM", m.version("vllm"))'
 
 cat <<TEXT
-The five cases of the benchmark do not drive vLLM. To measure it on the same weights, export a preset for it:
-    .venv/bin/jitgraph export llama-2-7b llama-2-7b-random
-    .venv-vllm/bin/vllm bench latency --model llama-2-7b-random --batch-size 1 --input-len 10 --output-len 1
+Point the benchmark at it:
+    .venv/bin/jitgraph bench vllm --python vllm=.venv-vllm/bin/python --output output
 TEXT

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jitgraph.bench import jobs
-from jitgraph.bench.cases.common import CaseUnavailable, FirstToken
+from jitgraph.bench.cases.common import CaseUnavailable, Decoded, FirstToken
 from jitgraph.bench.gate import Reference, references_from_json, references_to_json
 from jitgraph.bench.jobs import Job
 from jitgraph.bench.plan import LINEARS, Options, Plan
@@ -38,11 +38,14 @@ class FakeCase:
         value = self.base + self.requests / 1000
         return FirstToken(self.token_id, value, value / 2)
 
-    def decode(self, token_ids: list[int], tokens: int) -> list[float]:
-        return [self.base / 10] * (tokens - 1)
+    def decode(self, token_ids: list[int], tokens: int) -> Decoded:
+        return Decoded(self.base, (self.base / 10,) * (tokens - 1))
 
     def paths(self) -> dict[str, dict[str, int]]:
         return {"prefill": {"exact": self.requests, "padded": 0, "eager": 0}, "decode": {"exact": 0}}
+
+    def counters(self) -> dict[str, int]:
+        return {}
 
     def peak_memory_bytes(self) -> int:
         return 3 * 2**30
@@ -63,13 +66,15 @@ class FakeLauncher:
     def __init__(self, cases: dict[str, FakeCase | CaseUnavailable], gate: Outcome | None = None) -> None:
         self.cases, self.gate, self.kinds = cases, gate, list[str]()
         self.device_name = "Fake GPU"
+        self.again: dict[str, FakeCase] = {}
+        """Cases whose later processes are others."""
 
     def __call__(self, job: Job, python: str | None, log: Path, on_progress: Callable[[int, int], None]) -> Outcome:
-        self.kinds.append(job.case or job.kind)
+        self.kinds.append(f"{job.case} start" if job.kind == "start" else job.case or job.kind)
         return getattr(self, job.kind if job.kind != "gate" else "answer_gate")(Job.from_json(job.to_json()))
 
     def prepare(self, job: Job) -> Outcome:
-        options = Options(**{**job.options, "prompt_lengths": tuple(job.options["prompt_lengths"])})
+        options = Options.from_json(job.options)
         plan = options.plan("cpu")
         environment = {"device_name": self.device_name, "torch": "2.13"}
         prompts = make_prompts(range(1000), plan.prompt_lengths)
@@ -89,14 +94,23 @@ class FakeLauncher:
         writer.close()
         return Outcome(jobs.COMPLETE, "", {"by_pacing": dict.fromkeys(job.the_plan.pacings, RATES)})
 
+    def start(self, job: Job) -> Outcome:
+        assert job.empty_caches and Path(job.empty_caches).is_dir()
+        warm = self.kinds.count(f"{job.case} start") > 1
+        return Outcome(jobs.COMPLETE, "", {"ready_s": 1.0 if warm else 9.0, "first_token_s": 2.0 if warm else 10.0})
+
     def case(self, job: Job) -> Outcome:
         subject = self.cases[job.case]
         if isinstance(subject, CaseUnavailable):
             return Outcome(subject.status, str(subject))
-        writer = RawWriter(Path(job.folder), job.case)
-        meter = Meter(job.case, subject, job.the_plan, job.prompts, writer, lambda done: None, job.deadline_s)
+        if job.restart:
+            subject = self.again.get(job.case, subject)
+        writer = RawWriter(Path(job.folder), job.case, job.restart)
+        measured = frozenset(job.measured)
+        meter = Meter(job.case, subject, job.the_plan, job.prompts, writer, lambda done: None, job.deadline_s, measured)
         meter.sleep = lambda seconds: None
         facts = {**subject.describe(), "ungated": job.reference is None, "attribution": subject.attribution([1])}
+        facts |= {"plan": job.the_plan.to_json()}
         try:
             meter.cold(1.5, None if job.reference is None else references_from_json(job.reference))
             meter.timed()

@@ -11,7 +11,7 @@ from typing import Any
 from bench_fakes import MODEL, RATES
 
 from jitgraph.bench.plan import LINEARS
-from jitgraph.bench.records import BlockKey, Event, RawWriter, prepare_folder, raw_path, write_json
+from jitgraph.bench.records import BlockFacts, BlockKey, Event, RawWriter, prepare_folder, raw_path, write_json
 from jitgraph.bench.study import Study, load_study
 
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
@@ -72,7 +72,7 @@ def _write_samples(
         key = BlockKey(case, protocol, metric, pacing, length)
         for i in range(n):
             writer.sample(key, i, scale * (1 + length / 1000) * (1 + spread * i / n), 0.0)
-        writer.block(key, {"exact": n}, 3.0)
+        writer.block(key, BlockFacts({"exact": n}, 3.0))
         return key
 
     ready = BlockKey(case, "warmup", "ready_s", "interactive", 0)

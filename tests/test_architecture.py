@@ -40,7 +40,7 @@ TORCH_LIKE = ("torch", "triton", "cuda", "transformers", "accelerate")
 
 # Tool: the paths (files, or folders with a slash at the end) that may use it.
 ALLOWED = {
-    "CUDAGraph": ("graphs/capture.py",),
+    "CUDAGraph": ("graphs/capture.py", "bench/cases/hf_graphs.py"),
     "torch.compile": (),
     "cuda.bindings": ("jit/", "graphs/loop.py"),
     "socket": ("ipc/", "server/"),
@@ -236,9 +236,21 @@ FAULTS = [
     ("types.py", "def f():\n    from torch import Tensor\n", "torch in vocabulary, which runs without torch"),
     ("server/bad.py", "from transformers import AutoTokenizer\n", "transformers in server, which runs without torch"),
     ("ipc/bad.py", "import triton\n", "triton in ipc, which runs without torch"),
-    ("engine/bad.py", "import torch\ng = torch.cuda.CUDAGraph()\n", "CUDAGraph belongs in graphs/capture.py"),
-    ("engine/bad.py", "from torch.cuda import CUDAGraph\n", "CUDAGraph belongs in graphs/capture.py"),
-    ("engine/bad.py", "with torch.cuda.graph(g):\n    pass\n", "CUDAGraph belongs in graphs/capture.py"),
+    (
+        "engine/bad.py",
+        "import torch\ng = torch.cuda.CUDAGraph()\n",
+        "CUDAGraph belongs in graphs/capture.py",
+    ),
+    (
+        "engine/bad.py",
+        "from torch.cuda import CUDAGraph\n",
+        "CUDAGraph belongs in graphs/capture.py",
+    ),
+    (
+        "engine/bad.py",
+        "with torch.cuda.graph(g):\n    pass\n",
+        "CUDAGraph belongs in graphs/capture.py",
+    ),
     ("model/bad.py", "import torch\nf = torch.compile(f)\n", "torch.compile belongs in no file"),
     ("model/bad.py", "from torch import compile as c\n", "torch.compile belongs in no file"),
     ("engine/bad.py", "from cuda.bindings import runtime\n", "cuda.bindings belongs in jit/, graphs/loop.py"),

@@ -26,7 +26,7 @@ from jitgraph.bench.plots_data import (
 )
 from jitgraph.bench.plots_draw import CHARACTER_PT, HANDLE_PT, WIDTH_IN, legend_columns
 from jitgraph.bench.plots_palette import COLOURS, case_colour, with_variables
-from jitgraph.bench.records import BlockKey, Event, RawWriter, prepare_folder, read_blocks
+from jitgraph.bench.records import BlockFacts, BlockKey, Event, RawWriter, prepare_folder, read_blocks
 from jitgraph.bench.report_approaches import JUDGED, approach_lines, no_speedups, speedups, write_approaches
 from jitgraph.bench.report_estimates import Estimate, apart
 from jitgraph.bench.report_runtime import host_cost, padding_cost
@@ -45,7 +45,7 @@ def test_events_stand_beside_the_samples_of_their_row(tmp_path: Path) -> None:
         writer.sample(key, index, gap, 5.0)
     for event in happened:
         writer.event(key, event)
-    writer.block(key, {"exact": 3}, 1.0)
+    writer.block(key, BlockFacts({"exact": 3}, 1.0))
     writer.close()
     block = read_blocks(tmp_path / "raw" / "hybrid.jsonl")[key]
     assert block.events == happened and block.values_ms == [4.0, 4.5, 4.2] and block.paths == {"exact": 3}

@@ -18,12 +18,11 @@ from jitgraph.bench.plan import (
     ABLATION_COLUMNS,
     ALL_CASES,
     CASES,
+    PEER_COLUMNS,
     Options,
     Plan,
-    parse_cases,
-    parse_lengths,
-    parse_pythons,
 )
+from jitgraph.bench.plan_words import parse_cases, parse_lengths, parse_pythons
 from jitgraph.bench.prompts import digests, make_prompts
 from jitgraph.bench.stats import summarise
 from jitgraph.errors import ConfigError
@@ -144,7 +143,8 @@ def test_command_line_words() -> None:
     assert parse_cases(["hybrid", "baseline"]) == ("baseline", "hybrid")
     assert parse_cases(["split", "jit-all"]) == ABLATION
     assert set(parse_cases(["ablation"])) == set(ABLATION_COLUMNS)
-    assert parse_cases(["all", "ablation"]) == ALL_CASES
+    assert set(parse_cases(["peers"])) == set(PEER_COLUMNS)
+    assert parse_cases(["all", "ablation", "peers"]) == ALL_CASES
     with pytest.raises(ConfigError, match="unknown case hybird: choose from baseline, cuda-graph"):
         parse_cases(["hybird"])
     assert parse_lengths("100,10, 50") == (10, 50, 100)
@@ -161,7 +161,7 @@ def test_command_line_words() -> None:
         ({"pacing": "fast"}, "pacing must be"),
         ({"weights": "none"}, "weights must be"),
         ({"max_minutes": 0}, "max-minutes"),
-        ({"pythons": {"vllm": "python"}}, "unknown case 'vllm'"),
+        ({"pythons": {"vlm": "python"}}, "unknown case 'vlm'"),
     ],
 )
 def test_bad_options_say_what_is_wrong(settings: dict[str, object], message: str) -> None:

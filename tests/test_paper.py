@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from jitgraph.bench.plan import FILE_STEMS, INTERACTIVE, LINEARS, TITLES
-from jitgraph.bench.records import BlockKey, RawWriter, prepare_folder, raw_path, write_json
+from jitgraph.bench.records import BlockFacts, BlockKey, RawWriter, prepare_folder, raw_path, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = ROOT / "paper"
@@ -75,7 +75,7 @@ def with_a_ceiling(folder: Path) -> Path:
     for tokens in (1, LENGTH):
         key = BlockKey(LINEARS, "ttft", "ttft_ms", INTERACTIVE, tokens)
         writer.sample(key, 0, 1.0, time.time())
-        writer.block(key, {}, None)
+        writer.block(key, BlockFacts())
     writer.close()
     return folder
 

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from jitgraph.bench.plan import DEFAULT_LENGTHS, TTFT_ITERATIONS, Options, parse_cases, parse_lengths, parse_pythons
+from jitgraph.bench.plan import CASE_MINUTES, DEFAULT_LENGTHS, TTFT_ITERATIONS, Options
+from jitgraph.bench.plan_words import parse_cases, parse_cpus, parse_lengths, parse_pythons, parse_urls
 from jitgraph.bench.report_compare import compare
 from jitgraph.bench.run import recompute, run_benchmark
 
@@ -20,7 +21,8 @@ def bench(
         list[str] | None,
         typer.Argument(
             help="baseline, cuda-graph, jit, hybrid, tensorrt-llm: these five are all, and run where none is named. "
-            "Further: jit-all, split. ablation is every case of this engine."
+            "Further: jit-all, split, hf-compile, hf-graphs, vllm, openai. ablation is every case of this engine, "
+            "peers are the other engines and the hybrid."
         ),
     ] = None,
     model: Annotated[
@@ -58,6 +60,13 @@ def bench(
         list[str] | None,
         typer.Option(help="case=PATH: that case's own interpreter, such as tensorrt-llm=PATH. Repeatable."),
     ] = None,
+    url: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="case=URL: a running server is that case (vllm, tensorrt-llm, openai); #NAME at the end names the "
+            "model. Repeatable."
+        ),
+    ] = None,
     gate: Annotated[
         bool, typer.Option("--gate/--no-gate", help="Without it nobody checks the tokens, and every row says so.")
     ] = True,
@@ -66,6 +75,26 @@ def bench(
         float | None,
         typer.Option(help="Begin no further row after this time; the rest can be run later into the same folder."),
     ] = None,
+    case_minutes: Annotated[
+        float, typer.Option(help="End a case whose process takes longer: it hangs. Its rows are kept, the run goes on.")
+    ] = CASE_MINUTES,
+    restarts: Annotated[
+        int, typer.Option(help="Processes that each case is measured in, one after the other; samples are pooled.")
+    ] = 1,
+    interleave: Annotated[
+        str | None,
+        typer.Option(help="request or block: cases take turns by requests or by rows, each alive in its own process."),
+    ] = None,
+    pin_cpu: Annotated[
+        str | None, typer.Option(help="Hold every case's processes to these cores, such as 2-5,8.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Measure what is missing in the output folder and keep the rest.")
+    ] = False,
+    start_times: Annotated[
+        bool,
+        typer.Option("--start-times", help="Measure each case's start with empty caches of compiled code, and again."),
+    ] = False,
 ) -> None:
     """Runs the latency benchmark's cases, each in a fresh process, and writes its tables."""
     options = Options(
@@ -83,7 +112,14 @@ def bench(
         gated=gate,
         output=output,
         pythons=parse_pythons(python or []),
+        urls=parse_urls(url or []),
         max_minutes=max_minutes,
+        case_minutes=case_minutes,
+        restarts=restarts,
+        interleave=interleave or "",
+        pinned_cpus=parse_cpus(pin_cpu),
+        resume=resume,
+        start_times=start_times,
     )
     raise typer.Exit(run_benchmark(options, Console()))
 

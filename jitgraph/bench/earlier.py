@@ -11,6 +11,7 @@ from pathlib import Path
 
 from jitgraph.bench import jobs
 from jitgraph.bench.records import RAW, raw_path, read_json
+from jitgraph.bench.watch import WATCH
 from jitgraph.errors import OutputError
 
 KEPT_LOG = "prepare.log"
@@ -18,7 +19,16 @@ KEPT_LOG = "prepare.log"
 FOREIGN = "runtime-"
 """Beginning of the files of ``benchmarks/runtime.py``, which keeps a record of its own in the same folder."""
 TABLES = (
-    *("case*.csv", "ablation_*", "final_*_table.*", "approach_summary.*", "speedup_table.*", "summary.json"),
+    *(
+        "case*.csv",
+        "ablation_*",
+        "peer*",
+        "restart_table.*",
+        "final_*_table.*",
+        "approach_summary.*",
+        "speedup_table.*",
+        "summary.json",
+    ),
     *("figures.json", "environment.json", "report.html", "comparison.html", "plots"),
 )
 SUFFIX = ".earlier"
@@ -32,7 +42,7 @@ def put_aside(folder: Path, note: Callable[[str], None]) -> None:
         OutputError: they cannot be moved.
     """
     raw = [f for f in (folder / RAW).iterdir() if f.name != KEPT_LOG and not f.name.startswith(FOREIGN)]
-    measured = any(file.suffix == ".jsonl" and file.stat().st_size for file in raw)
+    measured = any(file.suffix == ".jsonl" and file.name != WATCH and file.stat().st_size for file in raw)
     try:
         if not measured:
             for file in raw:

@@ -54,6 +54,8 @@ def collect_environment(device: str) -> dict[str, Any]:
             "compute_capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
             "driver": driver_version(),
+            "device_uuid": f"GPU-{properties.uuid}",
+            "device_free_gib": round(torch.cuda.mem_get_info(device)[0] / 2**30, 1),
         }
     return found
 

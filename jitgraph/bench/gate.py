@@ -38,12 +38,12 @@ class Reference:
         return self.gap > self.error
 
 
-def mismatches(reference: Mapping[int, Reference], tokens: Mapping[int, int]) -> tuple[list[str], list[str]]:
-    """What is wrong, and what could be checked: one phrase a prompt length."""
+def mismatches(reference: Mapping[int, Reference], tokens: Mapping[int, int | None]) -> tuple[list[str], list[str]]:
+    """What is wrong, and what could be checked: one phrase a prompt length. A case that tells no id is not checked."""
     wrong, checked = [], []
     for length, token_id in tokens.items():
         known = reference[length]
-        if not known.certain:
+        if not known.certain or token_id is None:
             continue
         checked.append(str(length))
         if token_id != known.token_id:

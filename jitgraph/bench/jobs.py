@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from jitgraph.bench.plan import Plan
+from jitgraph.bench.records import BlockKey
 
 COMPLETE = "complete"
 INTERRUPTED = "interrupted"
@@ -19,11 +20,16 @@ TIME_LIMIT = "time limit"
 GATE_FAILED = "gate failed"
 FAILED = "failed"
 NO_GATE = "no gate"
+HUNG = "hung"
+"""It was ended because it did not end in its time."""
+DISK_FULL = "disk full"
+DAMAGED = "damaged record"
+"""Its samples cannot be read."""
 RUNNING = "running"
 """Left in a case's facts only by a run that was killed."""
-CUT_SHORT = (INTERRUPTED, TIME_LIMIT, RUNNING)
+CUT_SHORT = (INTERRUPTED, TIME_LIMIT, RUNNING, HUNG, DISK_FULL)
 """States with some rows measured and others missing."""
-BROKEN = (GATE_FAILED, FAILED, NO_GATE)
+BROKEN = (GATE_FAILED, FAILED, NO_GATE, HUNG, DISK_FULL)
 """States that make the command fail."""
 
 
@@ -32,7 +38,7 @@ class Job:
     """One worker process's task."""
 
     kind: str
-    """``prepare``, ``gate``, ``ceiling`` or ``case``."""
+    """``prepare``, ``gate``, ``ceiling``, ``case`` or ``start``."""
     folder: str
     plan: Plan | None = None
     case: str = ""
@@ -41,11 +47,27 @@ class Job:
     """``gate.references_to_json``; None runs the case ungated."""
     options: Mapping[str, Any] = field(default_factory=dict)
     deadline_s: float | None = None
+    """Wall clock after which the worker begins no further row."""
+    limit_s: float | None = None
+    """Seconds after which a process that has not ended is ended."""
+    url: str = ""
+    """Of the server that the case is."""
+    restart: int | None = None
+    """Which process of its case it is, where there are several; None begins the case's record anew."""
+    measured: tuple[BlockKey, ...] = ()
+    """Rows that are there already."""
+    takes_turns: bool = False
+    """Whether it waits for a line on stdin before each of its turns."""
+    device_uuid: str | None = None
+    """Of the GPU, as its driver names it."""
+    empty_caches: str = ""
+    """A folder for all caches of compiled code; empty leaves them where they are."""
     started_s: float = field(default_factory=time.time)
 
     def to_json(self) -> str:
         """One JSON text."""
-        return json.dumps({**vars(self), "plan": self.plan and self.plan.to_json()}, default=dict)
+        rows = [key.to_json() for key in self.measured]
+        return json.dumps({**vars(self), "plan": self.plan and self.plan.to_json(), "measured": rows}, default=dict)
 
     @classmethod
     def from_json(cls, text: str) -> Job:
@@ -53,6 +75,7 @@ class Job:
         record = json.loads(text)
         record["plan"] = Plan.from_json(record["plan"]) if record["plan"] else None
         record["prompts"] = {int(length): ids for length, ids in record["prompts"].items()}
+        record["measured"] = tuple(BlockKey(**key) for key in record["measured"])
         return cls(**record)
 
     @property
@@ -81,6 +104,10 @@ class Events:
     def facts(self, facts: Mapping[str, Any]) -> None:
         """What is known about the case; later facts add to earlier ones."""
         self._send({"event": "facts", "facts": dict(facts)})
+
+    def turn(self) -> None:
+        """It waits for its turn; whatever it did before is done."""
+        self._send({"event": "turn"})
 
     def outcome(self, status: str, reason: str = "", value: Any = None) -> None:
         """How the job ended."""

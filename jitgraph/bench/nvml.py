@@ -1,4 +1,5 @@
-"""What NVIDIA's management library says of the GPUs: identity, power limit, clocks, ECC, MIG. Not for use while timing.
+"""What NVIDIA's management library says of the GPUs: identity, power limit, clocks, ECC, MIG; and, asked along
+a run, clocks, power and heat.
 
 Calls the library of the installed driver (``libnvidia-ml.so.1``) by its C interface, so nothing has to be installed,
 and makes no CUDA context. What a GPU or a driver does not tell is left out.
@@ -8,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 _SM, _MEMORY = 1, 2  # nvmlClockType_t
@@ -25,9 +28,11 @@ _SLOWED_BY = {
     0x100: "display clocks",
 }
 """Bits of ``nvmlDeviceGetCurrentClocksThrottleReasons``."""
+_INSUFFICIENT_SIZE = 7
 _ERRORS = {
     3: "not supported",
     4: "no permission",
+    6: "no such GPU",
     9: "the driver is not loaded",
     13: "the driver is too old for this call",
     15: "a GPU has fallen off the bus",
@@ -35,8 +40,80 @@ _ERRORS = {
 }
 
 
+@dataclass(frozen=True)
+class Reading:
+    """One look at a GPU; None where it does not tell."""
+
+    sm_clock_mhz: int | None
+    memory_clock_mhz: int | None
+    power_w: float | None
+    temperature_c: int | None
+    held_by: str | None
+    """Why clocks are below their limit, in words."""
+    memory_used_gib: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """What is known."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+class Gpu:
+    """One GPU, asked again and again. The library stays initialised until ``close``; each call takes microseconds."""
+
+    def __init__(self, uuid: str, load: Callable[[], Any] | None = None) -> None:
+        """``uuid``: as the driver names it (``GPU-...``), whatever ``CUDA_VISIBLE_DEVICES`` says.
+
+        Raises:
+            NvmlError: no driver, or no such GPU.
+        """
+        self._nvml = _Nvml((load or load_library)())
+        self._nvml.call("nvmlInit_v2")
+        self._device = ctypes.c_void_p()
+        name = ctypes.c_char_p(uuid.encode())
+        self._nvml.call("nvmlDeviceGetHandleByUUID", name, ctypes.byref(self._device))
+
+    def read(self) -> Reading:
+        """Clocks, power, temperature, what holds the clocks back, and memory in use."""
+        nvml, device = self._nvml, self._device
+        power = nvml.number("nvmlDeviceGetPowerUsage", device)
+        slowed = nvml.number("nvmlDeviceGetCurrentClocksThrottleReasons", device, kind=ctypes.c_ulonglong)
+        used = nvml.memory(device).used
+        return Reading(
+            sm_clock_mhz=nvml.number("nvmlDeviceGetClockInfo", device, _SM),
+            memory_clock_mhz=nvml.number("nvmlDeviceGetClockInfo", device, _MEMORY),
+            power_w=None if power is None else power / 1000,
+            temperature_c=nvml.number("nvmlDeviceGetTemperature", device, _TEMPERATURE_GPU),
+            held_by=None if slowed is None else _reasons(slowed),
+            memory_used_gib=round(used / 2**30, 2) if used else None,
+        )
+
+    def energy_j(self) -> float | None:
+        """Joules since the driver was loaded."""
+        found = self._nvml.number("nvmlDeviceGetTotalEnergyConsumption", self._device, kind=ctypes.c_ulonglong)
+        return None if found is None else found / 1000
+
+    def processes(self) -> int | None:
+        """How many processes compute on it; those of other containers count too. None where it does not tell."""
+        count = ctypes.c_uint(0)
+        try:  # a buffer of no room: the answer is how many there are, and "insufficient size" where there are any
+            self._nvml.call("nvmlDeviceGetComputeRunningProcesses_v3", self._device, ctypes.byref(count), None)
+        except NvmlError as error:
+            if error.code != _INSUFFICIENT_SIZE:
+                return None
+        return count.value
+
+    def close(self) -> None:
+        """Lets go of the library."""
+        with suppress(NvmlError):
+            self._nvml.call("nvmlShutdown")
+
+
 class NvmlError(Exception):
-    """The library is missing, or a call failed; the message says which."""
+    """The library is missing, or a call failed; the message says which, ``code`` how (0: not by a call)."""
+
+    def __init__(self, message: str, code: int = 0) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class _Memory(ctypes.Structure):
@@ -88,7 +165,7 @@ class _Nvml:
             raise NvmlError(f"{name}: the driver is too old for this call") from error
         code = function(*args)
         if code != 0:
-            raise NvmlError(f"{name}: {_ERRORS.get(code, f'error {code}')}")
+            raise NvmlError(f"{name}: {_ERRORS.get(code, f'error {code}')}", code)
 
     def text(self, name: str, *args: Any) -> str | None:
         buffer = ctypes.create_string_buffer(_TEXT_BYTES)
@@ -121,6 +198,15 @@ class _Nvml:
         self.call("nvmlDeviceGetCount_v2", ctypes.byref(found))
         return found.value
 
+    def memory(self, device: Any) -> _Memory:
+        """Zeros where it does not tell."""
+        found = _Memory()
+        try:
+            self.call("nvmlDeviceGetMemoryInfo", device, ctypes.byref(found))
+        except NvmlError:
+            return _Memory()
+        return found
+
     def gpu(self, index: int) -> dict[str, Any]:
         """All that one GPU tells."""
         device = ctypes.c_void_p()
@@ -128,14 +214,8 @@ class _Nvml:
             self.call("nvmlDeviceGetHandleByIndex_v2", ctypes.c_uint(index), ctypes.byref(device))
         except NvmlError as error:
             return {"error": str(error)}
-        memory, slowed = (
-            _Memory(),
-            self.number("nvmlDeviceGetCurrentClocksThrottleReasons", device, kind=ctypes.c_ulonglong),
-        )
-        try:
-            self.call("nvmlDeviceGetMemoryInfo", device, ctypes.byref(memory))
-        except NvmlError:
-            memory = _Memory()
+        memory = self.memory(device)
+        slowed = self.number("nvmlDeviceGetCurrentClocksThrottleReasons", device, kind=ctypes.c_ulonglong)
         persistence = self.number("nvmlDeviceGetPersistenceMode", device)
         limit = self.number("nvmlDeviceGetEnforcedPowerLimit", device)
         usual = self.number("nvmlDeviceGetPowerManagementDefaultLimit", device)

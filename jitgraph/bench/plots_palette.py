@@ -25,6 +25,10 @@ COLOURS: dict[str, tuple[str, str]] = {
     "tensorrt-llm": ("#7b3fb0", "#c49bf0"),
     "jit-all": ("#b0305f", "#f08fb0"),
     "split": ("#786800", "#d6c04a"),
+    "hf-compile": ("#3a5a2a", "#a6cf8f"),
+    "hf-graphs": ("#a03a6a", "#e58ab8"),
+    "vllm": ("#0f6a80", "#6cc0d4"),
+    "openai": ("#5a5a10", "#c9c96a"),
     "other-1": ("#00708a", "#5cc8e0"),
     "other-2": ("#8a4b2a", "#d9a384"),
     "other-3": ("#4b4ba8", "#a5a5f5"),
@@ -49,6 +53,10 @@ MARKERS = {
     "tensorrt-llm": "v",
     "jit-all": "P",
     "split": "X",
+    "hf-compile": "<",
+    "hf-graphs": ">",
+    "vllm": "*",
+    "openai": "h",
 }
 """Shapes tell cases apart where colours cannot."""
 

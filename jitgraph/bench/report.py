@@ -14,8 +14,10 @@ from jitgraph.bench.plots import FOLDER as PLOTS
 from jitgraph.bench.plots import Drawn, draw, missing_reason, write_plots
 from jitgraph.bench.plots_run import run_plots
 from jitgraph.bench.records import write_text
+from jitgraph.bench.remarks import remarks
 from jitgraph.bench.report_approaches import write_approaches
 from jitgraph.bench.report_html import Section, bullet_list, figures, page, paragraph
+from jitgraph.bench.report_rows import cold_starts_html, machine_html, peers_html, percentiles_html, restarts_html
 from jitgraph.bench.report_runtime import host_cost, padding_cost
 from jitgraph.bench.report_sections import (
     ablation_html,
@@ -28,7 +30,6 @@ from jitgraph.bench.report_sections import (
     start_html,
 )
 from jitgraph.bench.study import Study
-from jitgraph.bench.tables import remarks
 
 FILE = "report.html"
 BANNER = (
@@ -57,10 +58,13 @@ def write_report(study: Study, folder: Path, target: Path | None = None) -> list
         Section("p99", "Its 99th percentile", figures(drawn, "p99") + final_html(study, "p99")),
         Section("distributions", "Distributions", _distributions(drawn)),
         Section("itl", "Between tokens", figures(drawn, "itl") + gaps_html(study)),
-        Section("start", "Start and memory", figures(drawn, "startup") + start_html(study)),
+        Section("percentiles", "Percentiles", percentiles_html(study)),
+        Section("start", "Start and memory", figures(drawn, "startup") + start_html(study) + cold_starts_html(study)),
+        Section("restarts", "Restarts", restarts_html(study)),
+        Section("peers", "Peers", peers_html(study)),
         Section("approaches", "Approaches", figures(drawn, "approaches") + approaches_html(study)),
         Section("ablation", "Ablation", figures(drawn, "ablation") + ablation_html(study, host, padding)),
-        Section("conditions", "Conditions", environment_html(study)),
+        Section("conditions", "Conditions", environment_html(study) + machine_html(study)),
         Section("rows", "All rows", all_rows_html(study) or paragraph("No case has rows.")),
     ]
     banner = BANNER if any(study.emulated(case) for case in ALL_CASES) else ""

@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from jitgraph.bench.finals import final_tables
 from jitgraph.bench.plan import ALL_CASES, CASES, INTERACTIVE, TITLES, WARMUP
 from jitgraph.bench.plots_data import common_means_ms, peak_memory_gib, richest_rows
 from jitgraph.bench.records import write_text
+from jitgraph.bench.remarks import reason_of
 from jitgraph.bench.report_estimates import MEAN, P99, Estimate, apart, estimate
 from jitgraph.bench.study import Row, Study
 from jitgraph.bench.table_text import BOM, NO_VALUE, conditions, csv_text, markdown_row, pacings_of, title
-from jitgraph.bench.tables import final_tables, reason_of
 
 HYBRID = "hybrid"
 JUDGED: Mapping[str, tuple[str, str]] = {
@@ -25,6 +26,10 @@ JUDGED: Mapping[str, tuple[str, str]] = {
     "hybrid": ("high: both, and all state of a step on the device", "one to eight streams where each delay counts"),
     "tensorrt-llm": ("high: a library in an environment of its own", "NVIDIA GPUs, many requests at a time"),
     "jit-all": ("high: a kernel for each op", "none: it shows what kernels do without graphs"),
+    "hf-compile": ("low: two settings of a library", "decoding with transformers where a long start does not matter"),
+    "hf-graphs": ("low: a capture for each length", "none: it shows what the published method reaches today"),
+    "vllm": ("medium: a server of its own", "many requests at a time"),
+    "openai": ("unknown: somebody else's server", "comparing with whatever is already running"),
     "split": ("high: graphs and kernels in turn", "none: it shows what separate graphs leave undone"),
 }
 """Case to complexity and best use."""

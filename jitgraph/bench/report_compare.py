@@ -18,12 +18,12 @@ from jitgraph.bench.plots import Drawn, Plot, draw, missing_reason, write_plots
 from jitgraph.bench.plots_data import peak_memory_gib, richest_rows
 from jitgraph.bench.plots_draw import draw_ratios
 from jitgraph.bench.records import write_text
+from jitgraph.bench.remarks import reason_of
 from jitgraph.bench.report_estimates import MEAN, P99, Estimate, apart, estimate
 from jitgraph.bench.report_html import Section, bullet_list, figures, page, paragraph, table, tiles
 from jitgraph.bench.report_sections import why_empty
 from jitgraph.bench.study import Row, Study, load_study
 from jitgraph.bench.table_text import EMULATED
-from jitgraph.bench.tables import reason_of
 from jitgraph.errors import ConfigError
 
 FILE = "comparison.html"

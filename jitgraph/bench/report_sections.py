@@ -8,9 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jitgraph.bench.ablation import HOST_LINES, HOST_US, LAUNCHES, ablation_caption, ablation_header, ablation_tables
+from jitgraph.bench.case_tables import case_csv
+from jitgraph.bench.finals import AVERAGE, TIE, caption, final_tables, header
 from jitgraph.bench.plan import ABLATION_COLUMNS, ALL_CASES, CASES, INTERACTIVE, PROTOCOLS, TITLES, WARMUP
 from jitgraph.bench.plots_data import common_means_ms, peak_memory_gib, richest_rows, start_ups
 from jitgraph.bench.plots_draw import short
+from jitgraph.bench.remarks import reason_of
 from jitgraph.bench.report_approaches import (
     APPROACH_HEAD,
     HYBRID,
@@ -26,7 +29,6 @@ from jitgraph.bench.report_html import bullet_list, details, paragraph, side_by_
 from jitgraph.bench.report_runtime import HostCost, Padding
 from jitgraph.bench.study import Row, Study
 from jitgraph.bench.table_text import EMULATED, conditions, pacings_of, title
-from jitgraph.bench.tables import AVERAGE, caption, case_csv, final_tables, header, reason_of
 
 PARTS = (
     ("graphs around all kernels", "jit-all", HYBRID),
@@ -89,7 +91,9 @@ def final_html(study: Study, protocol: str) -> str:
                 if not cells[column]:
                     cells[column] = "" if line[0] == AVERAGE else why_empty(study, case)
                     soft.add((number, column))
-            if cells[-1]:
+            if cells[-1] == TIE:
+                soft.add((number, len(cells) - 1))
+            elif cells[-1]:
                 strong.add((number, len(cells) - 1))
                 strong |= {(number, column) for column in range(1, len(cells) - 1) if head[column] == cells[-1]}
             cells[-1] = cells[-1].removesuffix(EMULATED)  # its column's title says so

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,24 +19,35 @@ from typing import Any
 from rich.console import Console
 
 from jitgraph.bench import jobs
-from jitgraph.bench.earlier import CaseRecord, put_aside
+from jitgraph.bench.earlier import put_aside
 from jitgraph.bench.environment import differences
 from jitgraph.bench.jobs import Job
-from jitgraph.bench.plan import CASES, LINEARS, TITLES, Options, Plan
+from jitgraph.bench.plan import CASES, LINEARS, Options, Plan
 from jitgraph.bench.process import Outcome, run_process
 from jitgraph.bench.prompts import digests
 from jitgraph.bench.records import prepare_folder, raw_path, read_blocks, read_json, write_json
 from jitgraph.bench.report import write_report
+from jitgraph.bench.run_cases import EXIT_BROKEN, EXIT_OK, CaseRuns, Launch, LaunchTogether
 from jitgraph.bench.show import Board, show_study
 from jitgraph.bench.study import load_study
 from jitgraph.bench.tables import write_tables
+from jitgraph.bench.turns import run_in_turns
+from jitgraph.bench.watch import WATCH, watching
 from jitgraph.errors import ConfigError, JitgraphError, OutputError
 
-Launch = Callable[[Job, "str | None", Path, Callable[[int, int], None]], Outcome]
-EXIT_OK, EXIT_BROKEN, EXIT_INTERRUPTED = 0, 1, 130
+EXIT_INTERRUPTED = 130
+WEIGHTS_SHARE = 1.1
+"""What an engine holds by its matrices' bytes: the embedding besides."""
+BESIDE_WEIGHTS_GIB = 3.0
+"""Its KV cache, workspace, graphs, and the context of CUDA."""
 
 
-def run_benchmark(options: Options, console: Console, launch: Launch = run_process) -> int:
+def run_benchmark(
+    options: Options,
+    console: Console,
+    launch: Launch = run_process,
+    launch_together: LaunchTogether = run_in_turns,
+) -> int:
     """Runs the cases and returns the exit code: 0, 1 where a case failed or its gate did, 130 where it was interrupted.
 
     Raises:
@@ -50,7 +61,7 @@ def run_benchmark(options: Options, console: Console, launch: Launch = run_proce
         if shutil.which(python) is None:
             raise ConfigError(f"--python {case}={python}: there is no such program; name the environment's python")
     with _terminate_as_interrupt(), Board(console, jobs=len(options.cases) + 3) as board:
-        run = Run(options, folder, board, launch)
+        run = Run(options, folder, board, launch, launch_together)
         try:
             run.prepare()
         except KeyboardInterrupt:
@@ -60,6 +71,9 @@ def run_benchmark(options: Options, console: Console, launch: Launch = run_proce
             raise
         try:
             code = run.everything()
+        except OutputError as error:
+            board.note(f"Stopped: {error}")
+            code = EXIT_BROKEN
         except Exception:  # a defect of ours must not cost what was measured
             write_tables(load_study(folder), folder)
             raise
@@ -124,6 +138,7 @@ class Run:
     folder: Path
     board: Board
     launch: Launch
+    launch_together: LaunchTogether
     plan: Plan = field(init=False)
     environment: dict[str, Any] = field(init=False)
     prompts: dict[int, list[int]] = field(init=False)
@@ -152,13 +167,14 @@ class Run:
         self.plan = Plan.from_json(found["plan"])
         self.environment = found["environment"]
         self.prompts = {int(length): ids for length, ids in found["prompts"].items()}
+        self._check_room(found["model"])
         self._settle_folder({"model": found["model"], "prompts": digests(self.prompts)})
         self.board.end(self._headline())
 
     def _settle_folder(self, study: dict[str, Any]) -> None:
         """A run of all cases puts earlier results aside; a run of some joins what is there, if it is the same study."""
         known = read_json(raw_path(self.folder, "study.json"))
-        if set(CASES) <= set(self.options.cases):
+        if set(CASES) <= set(self.options.cases) and not self.options.resume:
             put_aside(self.folder, self.board.note)
         elif known is not None:
             other = read_json(self.folder / "environment.json") or {}
@@ -169,6 +185,23 @@ class Run:
             study["prompts"] = known["prompts"] | study["prompts"]
         write_json(self.folder / "environment.json", self.environment)
         write_json(raw_path(self.folder, "study.json"), study)
+
+    def _check_room(self, model: Mapping[str, Any]) -> None:
+        """Cases that take turns are all in memory at once.
+
+        Raises:
+            ConfigError: they do not fit on the GPU together.
+        """
+        free = self.environment.get("device_free_gib")
+        if not self.plan.interleave or free is None:
+            return
+        each = float(model["weight_bytes"]) / 2**30 * WEIGHTS_SHARE + BESIDE_WEIGHTS_GIB
+        own = [case for case in self.options.cases if case not in self.options.urls]
+        if each * len(own) > free:
+            raise ConfigError(
+                f"interleaved, {len(own)} engines need about {each * len(own):.0f} GiB together and the GPU has "
+                f"{free:.0f} GiB free: name fewer cases, or leave --interleave out"
+            )
 
     def _forget(self, name: str) -> None:
         for suffix in (".json", ".jsonl"):
@@ -185,17 +218,31 @@ class Run:
     # ---------------------------------------------------------------------------------------------------------- jobs
 
     def everything(self) -> int:
-        """Gate, ceiling, cases. Returns the exit code."""
-        codes = [EXIT_OK]
-        try:
-            reference, refusal = self._gate()
-            self._ceiling()
-            for case in self.options.cases:
-                codes.append(self._case(case, reference, refusal))
-        except KeyboardInterrupt:
-            self.board.end("Interrupted: what was measured is kept, and marked.")
-            return EXIT_INTERRUPTED
-        return max(codes)
+        """Gate, ceiling, cases. Returns the exit code.
+
+        Raises:
+            OutputError: the folder takes no more; what was measured is kept.
+        """
+        with watching(raw_path(self.folder, WATCH), self.environment.get("device_uuid")):
+            try:
+                reference, refusal = self._gate()
+                self._ceiling()
+                return CaseRuns(
+                    self.options,
+                    self.folder,
+                    self.plan,
+                    self.prompts,
+                    self.environment,
+                    reference,
+                    refusal,
+                    self.deadline_s,
+                    self.board,
+                    self.launch,
+                    self.launch_together,
+                ).all()
+            except KeyboardInterrupt:
+                self.board.end("Interrupted: what was measured is kept, and marked.")
+                return EXIT_INTERRUPTED
 
     def _run(self, job: Job, python: str | None = None) -> Outcome:
         job = replace(job, plan=self.plan, prompts=self.prompts)
@@ -254,39 +301,6 @@ class Run:
             return False
         have = {(key.pacing, key.prompt_tokens) for key in read_blocks(samples)}
         return all((p, n) in have for p in self.plan.pacings for n in (1, *self.plan.prompt_lengths))
-
-    def _case(self, case: str, reference: Mapping[str, Any] | None, refusal: str) -> int:
-        """Runs a case and records how it went. Returns its part of the exit code.
-
-        Raises:
-            KeyboardInterrupt: the run is to end; the case is recorded.
-        """
-        self.board.begin(TITLES[case])
-        record = CaseRecord(self.folder, case)
-        late = self.deadline_s is not None and time.time() > self.deadline_s
-        if refusal or late:
-            limit = Outcome(jobs.TIME_LIMIT, "not run: the time limit was reached before it")
-            outcome = Outcome(jobs.NO_GATE, refusal) if refusal else limit
-            stands = not record.samples.exists()
-        else:
-            record.begin()
-            outcome = Outcome()
-            try:
-                write_json(record.facts, {"status": jobs.RUNNING})
-                job = Job("case", str(self.folder), case=case, reference=reference, deadline_s=self.deadline_s)
-                outcome = self._run(job, self.options.pythons.get(case))
-            except KeyboardInterrupt:
-                outcome = Outcome(jobs.INTERRUPTED, "interrupted before its process could be started")
-            finally:
-                stands = record.settle(outcome.status)
-        if stands:
-            last = outcome.value if isinstance(outcome.value, dict) else {}
-            write_json(record.facts, {**outcome.facts, **last, "status": outcome.status, "reason": outcome.reason})
-        if outcome.status == jobs.INTERRUPTED:
-            raise KeyboardInterrupt
-        kept = "" if stands else "; the folder's rows of an earlier run are kept"
-        self.board.end(f"{TITLES[case]}: {outcome.reason or outcome.status}{kept}")
-        return EXIT_BROKEN if outcome.status in jobs.BROKEN else EXIT_OK
 
     def _log(self, name: str) -> Path:
         return raw_path(self.folder, f"{name}.log")

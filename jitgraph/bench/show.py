@@ -18,10 +18,11 @@ from rich.progress import (
 from rich.table import Table
 
 from jitgraph.bench.ablation import AblationTable, ablation_caption, ablation_header, ablation_tables
+from jitgraph.bench.finals import AVERAGE, TIE, caption, final_tables, header, peer_columns
 from jitgraph.bench.plan import CASES, PROTOCOLS
+from jitgraph.bench.remarks import remarks
 from jitgraph.bench.study import Study
 from jitgraph.bench.table_text import EMULATED, NO_VALUE
-from jitgraph.bench.tables import AVERAGE, caption, final_tables, header, remarks
 
 
 class Board:
@@ -86,6 +87,11 @@ def show_study(console: Console, study: Study) -> None:
         for final in final_tables(study, protocol):
             if len(final.lines) > 1:
                 console.print(_table(study, final.lines, caption(study, protocol, final.pacing)))
+    peers = peer_columns(study)
+    for protocol in PROTOCOLS if peers else ():
+        for final in final_tables(study, protocol, peers):
+            if len(final.lines) > 1:
+                console.print(_table(study, final.lines, caption(study, protocol, final.pacing), peers))
     for ablation in ablation_tables(study):
         console.print(_ablation_table(study, ablation))
     for remark in remarks(study):
@@ -101,15 +107,17 @@ def _ablation_table(study: Study, ablation: AblationTable) -> Table:
     return table
 
 
-def _table(study: Study, lines: tuple[tuple[str, ...], ...], title: str) -> Table:
+def _table(study: Study, lines: tuple[tuple[str, ...], ...], title: str, cases: tuple[str, ...] = CASES) -> Table:
     table = Table(title=escape(title), title_justify="left")
-    for index, name in enumerate(header(study)):
+    for index, name in enumerate(header(study, cases)):
         table.add_column(
-            name.replace(" (", "\n("), overflow="fold", justify="left" if index == len(CASES) + 1 else "right"
+            name.replace(" (", "\n("), overflow="fold", justify="left" if index == len(cases) + 1 else "right"
         )
     for line in lines:
         if line[0] == AVERAGE:
             table.add_section()
         winner = line[-1].removesuffix(EMULATED)  # its column's title says so
-        table.add_row(*(cell or NO_VALUE for cell in line[:-1]), f"[bold]{winner}[/bold]" if winner else "")
+        table.add_row(
+            *(cell or NO_VALUE for cell in line[:-1]), f"[bold]{winner}[/bold]" if winner not in ("", TIE) else winner
+        )
     return table

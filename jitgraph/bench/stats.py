@@ -1,75 +1,119 @@
 """Statistics of latency samples. Pure numpy; owns nothing.
 
-Quantiles interpolate linearly between order statistics (Hyndman and Fan's type 7, numpy's default). The interval of the
-99th percentile is the percentile bootstrap (Efron, 1979) with a fixed seed, so the same samples give the same interval.
+Quantiles interpolate linearly between order statistics (Hyndman and Fan's type 7, numpy's default). Intervals
+are the percentile bootstrap (Efron, 1979) with a fixed seed, so the same samples give the same interval.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 BOOTSTRAP_RESAMPLES = 1000
 BOOTSTRAP_SEED = 20260423
 CONFIDENCE = 0.95
+PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
+CHUNK_VALUES = 4_000_000
+"""Resampled values held at a time."""
+Interval = tuple[float, float]
+Draws = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a list of samples says, in the samples' own unit."""
+    """What a list of samples says, in the samples' own unit. Intervals are 95 % bootstrap intervals, a point where
+    there is but one sample."""
 
     n: int
     mean: float
+    mean_ci: Interval
     std: float
     """Sample standard deviation (divided by n - 1); 0 for one sample."""
     p50: float
+    p50_ci: Interval
     p90: float
+    p90_ci: Interval
+    p95: float
+    p95_ci: Interval
     p99: float
-    p99_ci: tuple[float, float]
-    """95 % bootstrap interval of the 99th percentile."""
+    p99_ci: Interval
+    """An interval of a tail cannot reach beyond the largest sample: with few samples it understates the tail, as every
+    such interval does."""
+    p999: float
+    p999_ci: Interval
     min: float
     max: float
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
+def _picks(n: int) -> Iterator[Draws]:
+    """Indices of the resamples, ``[resamples, n]`` in all, some at a time; always the same ones for the same n."""
+    generator = np.random.default_rng(BOOTSTRAP_SEED)
+    step = max(1, min(BOOTSTRAP_RESAMPLES, CHUNK_VALUES // n))
+    for start in range(0, BOOTSTRAP_RESAMPLES, step):
+        yield generator.integers(0, n, size=(min(step, BOOTSTRAP_RESAMPLES - start), n))
+
+
+def _interval(draws: Draws) -> Interval:
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(draws, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def resampled(values: Sequence[float], statistic: str) -> Draws:
+    """The statistic (``mean`` or ``p99``) of every resample, ``[resamples]``."""
+    data = np.asarray(values, dtype=np.float64)
+    parts = []
+    for picks in _picks(len(data)):
+        taken = data[picks]
+        parts.append(taken.mean(axis=1) if statistic == "mean" else np.percentile(taken, 99, axis=1))
+    return np.concatenate(parts)
+
+
+def mean_interval(values: Sequence[float]) -> Interval | None:
     """95 % percentile-bootstrap interval of the mean; None for a single sample, which tells nothing about spread."""
-    if len(values) < 2:
+    return None if len(values) < 2 else _interval(resampled(values, "mean"))
+
+
+def average_interval(columns: Sequence[Sequence[float]], statistic: str) -> Interval | None:
+    """95 % interval of the average of a statistic over several lists, each resampled by itself; None where a list has a
+    single sample."""
+    if not columns or any(len(values) < 2 for values in columns):
         return None
-    data = np.asarray(values, dtype=np.float64)
-    picks = np.random.default_rng(BOOTSTRAP_SEED).integers(0, len(data), size=(BOOTSTRAP_RESAMPLES, len(data)))
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(data[picks].mean(axis=1), [tail, 100 - tail])
-    return float(low), float(high)
+    # The picks are seeded by the count alone, so equally long lists would move together: each is shuffled by its place.
+    order = [np.random.default_rng(BOOTSTRAP_SEED + place) for place in range(len(columns))]
+    draws = [rng.permutation(resampled(values, statistic)) for rng, values in zip(order, columns, strict=True)]
+    return _interval(np.mean(draws, axis=0))
 
 
-def p99_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % percentile-bootstrap interval of the 99th percentile.
-
-    It cannot reach beyond the largest sample: with few samples it understates the tail, as every such interval does.
-    """
-    data = np.asarray(values, dtype=np.float64)
-    picks = np.random.default_rng(BOOTSTRAP_SEED).integers(0, len(data), size=(BOOTSTRAP_RESAMPLES, len(data)))
-    resampled = np.percentile(data[picks], 99, axis=1)
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(resampled, [tail, 100 - tail])
-    return float(low), float(high)
+def overlap(one: Interval, other: Interval) -> bool:
+    """Whether two intervals have a point in common."""
+    return one[0] <= other[1] and other[0] <= one[1]
 
 
 def summarise(values: Sequence[float]) -> Summary:
     """The figures of one row; ``values`` must not be empty."""
     data = np.asarray(values, dtype=np.float64)
     assert data.ndim == 1 and len(data) > 0, "a summary needs at least one sample"
-    p50, p90, p99 = (float(q) for q in np.percentile(data, [50, 90, 99]))
+    means, tails = [], []
+    for picks in _picks(len(data)):
+        taken = data[picks]
+        means.append(taken.mean(axis=1))
+        tails.append(np.percentile(taken, PERCENTILES, axis=1))
+    spread = np.concatenate(tails, axis=1)
+    found: dict[str, Any] = {}
+    for index, name in enumerate(("p50", "p90", "p95", "p99", "p999")):
+        found[name] = float(np.percentile(data, PERCENTILES[index]))
+        found[f"{name}_ci"] = _interval(spread[index])
     return Summary(
         n=len(data),
         mean=float(data.mean()),
+        mean_ci=_interval(np.concatenate(means)),
         std=float(data.std(ddof=1)) if len(data) > 1 else 0.0,
-        p50=p50,
-        p90=p90,
-        p99=p99,
-        p99_ci=p99_interval(values),
         min=float(data.min()),
         max=float(data.max()),
+        **found,
     )

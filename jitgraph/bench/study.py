@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,14 @@ from jitgraph.bench.floors import Floors, ceilings
 from jitgraph.bench.plan import ALL_CASES, DECODE_TOKENS, LINEARS, PACINGS, PROTOCOLS, WARMUP
 from jitgraph.bench.records import Block, BlockKey, Event, raw_path, read_blocks, read_json
 from jitgraph.bench.stats import Summary, summarise
+from jitgraph.bench.watch import NOT_WATCHED, WATCH, Machine, Watched, beside, read_watch
 from jitgraph.errors import OutputError
 
-METRICS = ("ttft_ms", "engine_ttft_ms", "itl_ms", "ready_s")
+METRICS = (
+    *("ttft_ms", "engine_ttft_ms", "itl_ms", "tpot_ms", "e2e_ms"),
+    *("ready_s", "ready_cold_s", "ready_warm_s", "first_token_cold_s", "first_token_warm_s"),
+)
+"""In the order of tables. Those in seconds are of a process's start."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,13 @@ class Row:
     """The samples in the order in which they were taken, in the metric's unit."""
     events: tuple[Event, ...]
     """What the runtime did meanwhile, where the record has it."""
+    restarts: tuple[int, ...] = ()
+    """Of each value, which process took it."""
+    host_memory_gib: float | None = None
+    energy_j_per_token: float | None = None
+    """What the device took, pauses included, by the tokens made meanwhile."""
+    machine: Machine = NOT_WATCHED
+    """Clocks, power and heat beside the samples."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +95,9 @@ def load_study(folder: Path) -> Study:
     floors = Floors.from_model(model)
     measured = read_json(raw_path(folder, "ceiling.json")) or {}
     ceiling = ceilings(measured, floors, _linears_ms(raw_path(folder, f"{LINEARS}.jsonl")), device)
-    cases, rows = {}, []
+    watched = read_watch(raw_path(folder, WATCH))
+    cases: dict[str, Mapping[str, Any]] = {}
+    rows: list[Row] = []
     for name in (*ALL_CASES, LINEARS):
         facts = read_json(raw_path(folder, f"{name}.json"))
         samples = raw_path(folder, f"{name}.jsonl")
@@ -91,9 +105,14 @@ def load_study(folder: Path) -> Study:
             continue
         cases[name] = facts or {"status": jobs.RUNNING}
         if samples.exists():
+            try:
+                blocks = read_blocks(samples)
+            except OutputError as error:  # one case's record costs no other's
+                cases[name] = {**cases[name], "status": jobs.DAMAGED, "reason": str(error)}
+                continue
             rows += [
-                _row(key, block, cases[name], device, floors, ceiling)
-                for key, block in read_blocks(samples).items()
+                _row(key, block, cases[name], device, floors, ceiling, watched)
+                for key, block in blocks.items()
                 if block.values_ms
             ]
     return Study(environment, model, ceiling, cases, tuple(sorted(rows, key=_order)))
@@ -119,9 +138,15 @@ def _order(row: Row) -> tuple[int, int, int, int, int]:
 
 
 def _row(
-    key: BlockKey, block: Block, facts: Mapping[str, Any], device: str, floors: Floors, ceiling: Mapping[str, Any]
+    key: BlockKey,
+    block: Block,
+    facts: Mapping[str, Any],
+    device: str,
+    floors: Floors,
+    ceiling: Mapping[str, Any],
+    watched: Sequence[Watched],
 ) -> Row:
-    scale = 1e-3 if key.metric == "ready_s" else 1.0
+    scale = 1e-3 if key.metric.endswith("_s") else 1.0
     values = tuple(value * scale for value in block.values_ms)
     summary = summarise(values)
     floor = _floor_ms(key, floors, ceiling)
@@ -137,6 +162,10 @@ def _row(
         notes=tuple(_notes(facts)),
         values=values,
         events=tuple(block.events),
+        restarts=tuple(block.restarts),
+        host_memory_gib=block.host_memory_gib,
+        energy_j_per_token=block.energy_j / block.tokens if block.energy_j is not None and block.tokens else None,
+        machine=beside(watched, block.times_s, values if scale == 1.0 else ()),
     )
 
 
@@ -147,6 +176,16 @@ def _notes(facts: Mapping[str, Any]) -> Iterable[str]:
         yield "ungated"
     elif facts.get("gate_checked") == []:
         yield "gate checked nothing"
+    if facts.get("transport") == "http":
+        yield "over HTTP"
+    if facts.get("cached_tokens"):
+        yield "cached prompts"
+    if turns := (facts.get("plan") or {}).get("interleave"):
+        yield f"interleaved by {turns}"
+    if facts.get("shared_gpu"):
+        yield "GPU in use by others"
+    if facts.get("resumed"):
+        yield "resumed"
     if facts.get("status") in jobs.CUT_SHORT:
         yield jobs.INTERRUPTED if facts["status"] == jobs.RUNNING else str(facts["status"])
     elif facts.get("status") == jobs.FAILED:
@@ -156,8 +195,10 @@ def _notes(facts: Mapping[str, Any]) -> Iterable[str]:
 def _floor_ms(key: BlockKey, floors: Floors, ceiling: Mapping[str, Any]) -> float | None:
     """The floor under the row's own pacing; none for a ready time, or where no ceiling was measured."""
     rates = ceiling.get("by_pacing", {}).get(key.pacing) or (ceiling if ceiling else None)
-    if rates is None or key.metric == "ready_s":
+    if rates is None or key.metric.endswith("_s"):
         return None
-    if key.metric == "itl_ms":
-        return floors.decode_ms(key.prompt_tokens + DECODE_TOKENS // 2, rates["read_tb_s"])
-    return floors.prompt_ms(key.prompt_tokens, rates["read_tb_s"], rates["gemm_tflops"])
+    gap = floors.decode_ms(key.prompt_tokens + DECODE_TOKENS // 2, rates["read_tb_s"])
+    if key.metric in ("itl_ms", "tpot_ms"):
+        return gap
+    first = floors.prompt_ms(key.prompt_tokens, rates["read_tb_s"], rates["gemm_tflops"])
+    return first + (DECODE_TOKENS - 1) * gap if key.metric == "e2e_ms" else first

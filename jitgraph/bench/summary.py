@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from jitgraph.bench.restarts import restart_spread
 from jitgraph.bench.study import Row, Study
 
 SCHEMA = 1
@@ -23,23 +24,34 @@ def summary_json(study: Study) -> dict[str, Any]:
 
 def row_json(row: Row) -> dict[str, Any]:
     """One row; statistics are in the unit that the metric's name ends with."""
-    summary = row.summary
+    s = row.summary
+    percentiles: dict[str, Any] = {}
+    for name in ("p50", "p90", "p95", "p99", "p999"):
+        percentiles |= {name: getattr(s, name), f"{name}_ci": list(getattr(s, f"{name}_ci"))}
     return {
         **row.key.to_json(),
-        "n": summary.n,
-        "mean": summary.mean,
-        "std": summary.std,
-        "p50": summary.p50,
-        "p90": summary.p90,
-        "p99": summary.p99,
-        "p99_ci": list(summary.p99_ci),
-        "min": summary.min,
-        "max": summary.max,
+        "n": s.n,
+        "mean": s.mean,
+        "mean_ci": list(s.mean_ci),
+        "std": s.std,
+        **percentiles,
+        "min": s.min,
+        "max": s.max,
+        "restarts": restart_json(row),
         "ceiling_ms": row.ceiling_ms,
         "ratio": row.ratio,
         "peak_memory_gib": row.peak_memory_gib,
+        "host_memory_gib": row.host_memory_gib,
+        "energy_j_per_token": row.energy_j_per_token,
+        **{name: value for name, value in vars(row.machine).items() if value not in (None, "")},
         "paths": {"exact": 0, "padded": 0, "eager": 0, **row.paths},
         "device": row.device,
         "emulated": row.emulated,
         "notes": list(row.notes),
     }
+
+
+def restart_json(row: Row) -> dict[str, Any]:
+    """How far the means of a row's processes lie apart; only their number where there is one."""
+    spread = restart_spread(row)
+    return {"n": 1} if spread is None else {"n": len(spread.means), "means": list(spread.means), "std": spread.std}

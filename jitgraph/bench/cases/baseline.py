@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from itertools import pairwise
 from typing import Any
 
-from jitgraph.bench.cases.common import Case, FirstToken, Paths, process_peak_bytes
+from jitgraph.bench.cases.common import Case, Decoded, FirstToken, Paths, process_peak_bytes
 from jitgraph.bench.plan import Plan
 
 
-class _Clock:
+class Clock:
     """A transformers streamer: told of each token once it is on the host, it notes the time."""
 
     def __init__(self) -> None:
@@ -30,6 +29,8 @@ class BaselineCase:
     def __init__(self) -> None:
         self._model: Any = None
         self._device = "cpu"
+        self._settings: dict[str, Any] = {}
+        """Further arguments of ``generate``."""
 
     def load(self, plan: Plan) -> None:
         """See ``Case``."""
@@ -38,7 +39,7 @@ class BaselineCase:
         self._device = plan.device
         self._model = load_hf_model(plan)
 
-    def _generate(self, token_ids: list[int], tokens: int, streamer: _Clock | None) -> Any:
+    def _generate(self, token_ids: list[int], tokens: int, streamer: Clock | None) -> Any:
         import torch
 
         ids = torch.tensor([token_ids], device=self._device)
@@ -50,6 +51,7 @@ class BaselineCase:
             do_sample=False,
             pad_token_id=0,
             streamer=streamer,
+            **self._settings,
         )
 
     def first_token(self, token_ids: list[int]) -> FirstToken:
@@ -58,15 +60,18 @@ class BaselineCase:
         token_id = int(self._generate(token_ids, 1, None)[0, -1])
         return FirstToken(token_id, (time.perf_counter_ns() - start) / 1e6, None)
 
-    def decode(self, token_ids: list[int], tokens: int) -> list[float]:
+    def decode(self, token_ids: list[int], tokens: int) -> Decoded:
         """See ``Case``."""
-        clock = _Clock()
+        clock = Clock()
+        start = time.perf_counter_ns()
         self._generate(token_ids, tokens, clock)
-        times = clock.times_ns[1:]  # the first call hands over the prompt
-        assert len(times) == tokens, f"asked for {tokens} tokens, got {len(times)}"
-        return [(later - earlier) / 1e6 for earlier, later in pairwise(times)]
+        return Decoded.from_times(start, clock.times_ns[1:], tokens)  # the first call hands over the prompt
 
     def paths(self) -> Paths:
+        """See ``Case``: it has none."""
+        return {}
+
+    def counters(self) -> dict[str, int]:
         """See ``Case``: it has none."""
         return {}
 

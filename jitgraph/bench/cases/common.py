@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -32,11 +32,44 @@ class CaseUnavailable(JitgraphError):
 class FirstToken:
     """One request for a single token."""
 
-    token_id: int
+    token_id: int | None
+    """None where a server does not tell ids: the gate cannot check such a case."""
     client_ms: float
     """From handing over the token ids to the token id on the host."""
     engine_ms: float | None
     """The engine's own figure for the same, where it gives one."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One request for several tokens."""
+
+    ttft_ms: float
+    """As ``FirstToken.client_ms``."""
+    gaps_ms: tuple[float, ...]
+    """Between consecutive tokens; tokens that arrive in one message share its time."""
+
+    @classmethod
+    def from_times(cls, start_ns: int, times_ns: Sequence[int], tokens: int) -> Decoded:
+        """From the clock when the ids were handed over and when each token was there.
+
+        Raises:
+            JitgraphError: not as many tokens came as were asked for.
+        """
+        if len(times_ns) != tokens:
+            raise JitgraphError(f"asked for {tokens} tokens, got {len(times_ns)}: the engine stopped early")
+        gaps = tuple((later - earlier) / 1e6 for earlier, later in pairwise(times_ns))
+        return cls((times_ns[0] - start_ns) / 1e6, gaps)
+
+    @property
+    def e2e_ms(self) -> float:
+        """From handing over the token ids to the last token on the host."""
+        return self.ttft_ms + sum(self.gaps_ms)
+
+    @property
+    def tpot_ms(self) -> float:
+        """Time per output token after the first."""
+        return sum(self.gaps_ms) / len(self.gaps_ms)
 
 
 class Case(Protocol):
@@ -52,17 +85,22 @@ class Case(Protocol):
     def first_token(self, token_ids: list[int]) -> FirstToken:
         """Serves a prompt for one token, greedily."""
 
-    def decode(self, token_ids: list[int], tokens: int) -> list[float]:
-        """Generates ``tokens`` tokens greedily, no early stop; the ``tokens - 1`` gaps between them in milliseconds."""
+    def decode(self, token_ids: list[int], tokens: int) -> Decoded:
+        """Generates ``tokens`` (two or more) tokens greedily, no early stop."""
 
     def paths(self) -> Paths:
         """How steps ran since ``load``."""
 
-    def peak_memory_bytes(self) -> int:
-        """Most memory held so far: on CUDA that of the device, else that of the process."""
+    def counters(self) -> Mapping[str, int]:
+        """Graphs captured and destroyed so far, as ``capture`` and ``eviction``; empty where the case has none."""
+
+    def peak_memory_bytes(self) -> int | None:
+        """Most memory held so far: on CUDA that of the device, else that of the process. None where nobody can tell,
+        as of a server elsewhere."""
 
     def describe(self) -> dict[str, Any]:
-        """Device, dtype, versions, settings; ``emulated`` where graphs are."""
+        """Device, dtype, versions, settings; ``emulated`` where graphs are, ``transport`` where requests go over a
+        network to a server that somebody else has started."""
 
     def attribution(self, token_ids: list[int]) -> dict[str, float]:
         """What a decode step after this prompt costs the host, by the names of ``attribution``; empty where the case
@@ -134,19 +172,24 @@ class EngineCase:
             raise AssertionError("a request for one token gave more")
         return FirstToken(chunk.token_id, (end - start) / 1e6, (chunk.time_ns - start) / 1e6)
 
-    def decode(self, token_ids: list[int], tokens: int) -> list[float]:
+    def decode(self, token_ids: list[int], tokens: int) -> Decoded:
         """See ``Case``."""
         from jitgraph.types import SamplingParams
 
         params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+        start = time.perf_counter_ns()
         times = [time.perf_counter_ns() for _ in self._llm.stream(token_ids, params)]
-        assert len(times) == tokens, f"asked for {tokens} tokens, got {len(times)}"
-        return [(later - earlier) / 1e6 for earlier, later in pairwise(times)]
+        return Decoded.from_times(start, times, tokens)
 
     def paths(self) -> Paths:
         """See ``Case``."""
         stats, none = self._llm.stats(), {"exact": 0, "padded": 0, "eager": 0}
         return {phase: {**none, **stats[f"{phase}_paths"]} for phase in ("prefill", "decode")}
+
+    def counters(self) -> Mapping[str, int]:
+        """See ``Case``."""
+        stats = self._llm.stats()
+        return {"capture": stats["captures"], "eviction": stats["evictions"]}
 
     def peak_memory_bytes(self) -> int:
         """See ``Case``."""

@@ -1,19 +1,18 @@
 """Case 5: the real ``tensorrt_llm.LLM``, its PyTorch backend with its own CUDA graphs.
 
-It pins its own torch, so it usually lives in an environment of its own (``--python tensorrt-llm=PATH``). Its cache of
+It pins its own torch, so it usually lives in an environment of its own (``--python tensorrt-llm=PATH``). A running
+``trtllm-serve`` is measured over HTTP instead (``--url tensorrt-llm=URL``, ``cases/url.py``). Its cache of
 earlier prompts is off: the same prompt is served many times, and a hit would time something else.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import tempfile
 import time
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-from jitgraph.bench.cases.common import Case, CaseUnavailable, FirstToken, Paths
+from jitgraph.bench.cases.checkpoint import Checkpoint
+from jitgraph.bench.cases.common import Case, CaseUnavailable, Decoded, FirstToken, Paths
 from jitgraph.bench.plan import Plan
 
 HOW_TO_INSTALL = (
@@ -39,7 +38,7 @@ class TensorRTLLMCase:
 
     def __init__(self) -> None:
         self._llm: Any = None
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._checkpoint = Checkpoint()
 
     def load(self, plan: Plan) -> None:
         """See ``Case``."""
@@ -48,26 +47,13 @@ class TensorRTLLMCase:
         from tensorrt_llm.llmapi import KvCacheConfig
 
         self._llm = LLM(
-            model=str(self._checkpoint(plan)),
+            model=self._checkpoint.path(plan),
             dtype=plan.dtype,
             skip_tokenizer_init=True,
             max_batch_size=1,
             max_seq_len=plan.max_model_len,
             kv_cache_config=KvCacheConfig(enable_block_reuse=False, max_tokens=2 * plan.max_model_len),
         )
-
-    def _checkpoint(self, plan: Plan) -> Path | str:
-        """What it can load: the plan's checkpoint, or the preset's weights on disk, the same as every case has."""
-        from jitgraph.model.loader import find_model
-
-        source = find_model(plan.model, weights=plan.weights)
-        if source.folder is not None and plan.weights == "checkpoint":
-            return source.folder
-        from jitgraph.model.export import export_model
-
-        self._temporary = tempfile.TemporaryDirectory(prefix="jitgraph-export-")
-        target = Path(self._temporary.name) / "model"
-        return export_model(plan.model, target, seed=plan.seed, dtype=plan.dtype, device=plan.device)
 
     def _stream(self, token_ids: list[int], tokens: int) -> Any:
         from tensorrt_llm import SamplingParams
@@ -86,16 +72,20 @@ class TensorRTLLMCase:
             continue  # a closing message may follow the token
         return FirstToken(token_id, (end - start) / 1e6, None)
 
-    def decode(self, token_ids: list[int], tokens: int) -> list[float]:
+    def decode(self, token_ids: list[int], tokens: int) -> Decoded:
         """See ``Case``. Tokens that arrive in one message share its time."""
+        start = time.perf_counter_ns()
         times: list[int] = []
         for message in self._stream(token_ids, tokens):
             now = time.perf_counter_ns()
             times += [now] * (len(message.outputs[0].token_ids) - len(times))
-        assert len(times) == tokens, f"asked for {tokens} tokens, got {len(times)}"
-        return [(later - earlier) / 1e6 for earlier, later in pairwise(times)]
+        return Decoded.from_times(start, times, tokens)
 
     def paths(self) -> Paths:
+        """See ``Case``: it does not tell."""
+        return {}
+
+    def counters(self) -> dict[str, int]:
         """See ``Case``: it does not tell."""
         return {}
 
@@ -120,8 +110,7 @@ class TensorRTLLMCase:
         """See ``Case``."""
         if self._llm is not None:
             self._llm.shutdown()
-        if self._temporary is not None:
-            self._temporary.cleanup()
+        self._checkpoint.close()
 
 
 def make() -> Case:
