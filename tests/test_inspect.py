@@ -68,7 +68,7 @@ def copy(llama: Path, tmp_path: Path) -> Path:
 
 
 def test_a_native_checkpoint(llama: Path) -> None:
-    with patch("jitgraph.model.loader.fill", side_effect=AssertionError("a weight was read")):
+    with patch("jitgraph.model.checkpoint.read_into", side_effect=AssertionError("a weight was read")):
         facts = inspect_model(str(llama), device="cpu")
     model = transformers.AutoModelForCausalLM.from_pretrained(llama)
     assert facts["parameters"] == sum(p.numel() for p in model.parameters())
@@ -165,7 +165,7 @@ def test_the_command(llama: Path) -> None:
 
 def refused(model: Path, kind: type[JitgraphError], *words: str, **settings: Any) -> None:
     """Both ``inspect`` and ``LLM`` refuse it in one sentence, before a weight is read."""
-    with patch("jitgraph.model.loader.fill", side_effect=AssertionError("a weight was read")):
+    with patch("jitgraph.model.checkpoint.read_into", side_effect=AssertionError("a weight was read")):
         for call in (
             lambda: inspect_model(str(model), device="cpu"),
             lambda: LLM(str(model), device="cpu", **settings),
@@ -231,7 +231,7 @@ def test_a_model_that_does_not_fit(llama: Path) -> None:
     config = EngineConfig(max_streams=4)
     free = needed(spec, config, 4, False).total - (2 << 20)
     with (
-        patch("jitgraph.model.loader.fill", side_effect=AssertionError("a weight was read")),
+        patch("jitgraph.model.checkpoint.read_into", side_effect=AssertionError("a weight was read")),
         patch("jitgraph.engine.opening.free_bytes", return_value=free),
         pytest.raises(CapacityError, match=r"does not fit on cpu: it needs .* max_model_len=\d+ would fit") as caught,
     ):

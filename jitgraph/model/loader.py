@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from jitgraph.errors import CheckpointError, ConfigError, UnsupportedModelError
-from jitgraph.model.checkpoint import open_checkpoint
+from jitgraph.model.checkpoint import Checkpoint, open_checkpoint
 from jitgraph.model.config_reader import read_json
 from jitgraph.model.device import resolve_device, resolve_dtype
 from jitgraph.model.hf import HfModel, load_hf_model
@@ -92,7 +92,7 @@ def load_model(
     target = resolve_device(device)
     source = find_model(model, weights=weights)
     spec, random = source.spec, weights == "random" or source.folder is None
-    tensors: Iterable[tuple[str, torch.Tensor]]
+    checkpoint: Checkpoint | None = None
     if isinstance(spec, ForeignSpec):
         return _load_foreign(source, spec, target, dtype, seed if random else None, progress, before)
     if source.folder is not None and not random:
@@ -100,14 +100,14 @@ def load_model(
         checkpoint.check(spec)
         if config_dtype(source.config, source.name) is None:
             spec = dataclasses.replace(spec, dtype=checkpoint.dtype or spec.dtype)
-        tensors = checkpoint.tensors(spec)
     chosen = resolve_dtype(dtype, spec.dtype, target)
     if before is not None:
         before(source, chosen, target)
-    if random:
-        tensors = iter_random_tensors(spec, seed, target, chosen)
     packed = allocate_weights(spec, target, chosen)
-    fill(hf_views(spec, packed), tensors, progress)
+    if checkpoint is not None:
+        checkpoint.read(spec, hf_views(spec, packed), progress)
+    else:
+        fill(hf_views(spec, packed), iter_random_tensors(spec, seed, target, chosen), progress)
     if target.type == "cuda":
         torch.cuda.empty_cache()  # the drafts of random tensors; what stays reserved is the model alone
     return LoadedModel(source.name, spec, packed, source.folder, source.generation_config, chosen, target)
