@@ -8,12 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from jitgraph import cli_options as options
+from jitgraph.model.default import DEFAULT_MODEL
 
 GIB = 2**30
 
 
 def inspect(
-    model: options.Model = "tiny",
+    model: options.Model = DEFAULT_MODEL,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document, in bytes and milliseconds.")] = False,

@@ -19,6 +19,7 @@ import torch
 from jitgraph.errors import CheckpointError, ConfigError, UnsupportedModelError
 from jitgraph.model.checkpoint import Checkpoint, open_checkpoint
 from jitgraph.model.config_reader import read_json
+from jitgraph.model.default import DEFAULT_MODEL, STAND_IN, default_model_folder
 from jitgraph.model.device import resolve_device, resolve_dtype
 from jitgraph.model.hf import HfModel, load_hf_model
 from jitgraph.model.hf_config import ARCHITECTURES, config_dtype, eos_ids, spec_from_config
@@ -73,8 +74,8 @@ def load_model(
     """Reads or makes a model's weights straight into their packed places on the device.
 
     Args:
-        model: preset name, checkpoint folder or hub id. Of a preset and a folder of one name the preset is meant;
-            ``./name`` is the folder.
+        model: preset name, ``default`` (the bundled model), checkpoint folder or hub id. Of a preset and a folder of
+            one name the preset is meant; ``./name`` is the folder.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``float16``, ``bfloat16``, ``float32``; ``auto`` is the checkpoint's own on CUDA and float32 on the CPU.
         weights: ``checkpoint`` reads safetensors; ``random`` makes seeded random ones (a folder then needs no weights).
@@ -142,6 +143,9 @@ def find_model(model: str, *, weights: str = "checkpoint") -> ModelSource:
     """
     if weights not in WEIGHTS:
         raise ConfigError(f"weights must be one of {', '.join(WEIGHTS)}, not {weights!r}")
+    if model == DEFAULT_MODEL:
+        bundled = default_model_folder()
+        return find_model(STAND_IN, weights=weights) if bundled is None else _read_folder(DEFAULT_MODEL, bundled)
     if model in PRESETS:
         if weights != "random" and model not in RANDOM_BY_NATURE:
             raise ConfigError(
