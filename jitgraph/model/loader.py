@@ -32,7 +32,7 @@ from jitgraph.model.weights import ModelWeights
 from jitgraph.types import MAX_STOP_TOKEN_IDS
 
 WEIGHTS = ("checkpoint", "random")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@([\w][\w./-]*))?")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ def load_model(
         weights: ``checkpoint`` reads safetensors; ``random`` makes seeded random ones (a folder then needs no weights).
         seed: of random weights.
         progress: told (phase, MiB done, MiB in all) after each tensor.
-        before: called once everything is known of the model and before any weight is read; what it raises comes out.
+        before: called once everything is known of the model and before any weight is read, of a hub id also before any
+            is downloaded; what it raises comes out.
 
     Raises:
         CheckpointError: nothing of that name, or a checkpoint that is damaged or contradicts its config.
@@ -91,7 +92,12 @@ def load_model(
         CapacityError: the device's memory is too small.
     """
     target = resolve_device(device)
-    source = find_model(model, weights=weights)
+
+    def before_weights(source: ModelSource) -> None:
+        if before is not None:
+            before(source, resolve_dtype(dtype, source.spec.dtype, target), target)
+
+    source = find_model(model, weights=weights, progress=progress, before_weights=before_weights)
     spec, random = source.spec, weights == "random" or source.folder is None
     checkpoint: Checkpoint | None = None
     if isinstance(spec, ForeignSpec):
@@ -135,8 +141,17 @@ def _load_foreign(
     return LoadedModel(source.name, held.spec, held, source.folder, source.generation_config, chosen, device)
 
 
-def find_model(model: str, *, weights: str = "checkpoint") -> ModelSource:
+def find_model(
+    model: str,
+    *,
+    weights: str = "checkpoint",
+    progress: Progress | None = None,
+    before_weights: Callable[[ModelSource], None] | None = None,
+) -> ModelSource:
     """Configuration of a model by name; a hub id is downloaded, with its weights unless they are to be random.
+
+    ``owner/name@revision`` is a branch, tag or commit. Whatever a branch does meanwhile, configuration and weights are
+    of one commit. ``before_weights`` is called between the two; what it raises comes out, and no weight is fetched.
 
     Raises:
         CheckpointError, UnsupportedModelError, ConfigError: as ``load_model``.
@@ -159,16 +174,22 @@ def find_model(model: str, *, weights: str = "checkpoint") -> ModelSource:
         return _read_folder(Path(folder).resolve().name, Path(folder))
     if os.path.exists(folder):
         raise CheckpointError(f"{model} is a file: name the checkpoint folder that holds config.json and the weights")
-    if _HUB_ID.fullmatch(model) is None:
+    named = _HUB_ID.fullmatch(model)
+    if named is None:
         raise CheckpointError(
-            f"{model!r} is no existing folder, no preset ({', '.join(PRESETS)}) and no hub id (owner/name)"
+            f"{model!r} is no existing folder, no preset ({', '.join(PRESETS)}) and no hub id (owner/name, "
+            "or owner/name@revision)"
         )
     from jitgraph.model.hub import download
 
-    source = _read_folder(
-        model, download(model, weights=False)
-    )  # an unsupported family is refused before the long part
-    return source if weights == "random" else _read_folder(model, download(model, weights=True))
+    repo, revision = named.groups()
+    small = download(repo, revision, weights=False, progress=progress)
+    source = _read_folder(model, small)  # an unsupported family is refused before the long part
+    if weights == "random":
+        return source
+    if before_weights is not None:
+        before_weights(source)
+    return _read_folder(model, download(repo, small.name, weights=True, progress=progress))
 
 
 def _check_eos(spec: ModelSpec, folder: Path) -> None:
