@@ -160,6 +160,14 @@ def test_the_command(llama: Path) -> None:
     assert "no weights here" in runner.invoke(app, ["inspect", "tiny", "--device", "cpu"]).stdout
 
 
+def test_small_models_are_shown_in_mib(llama: Path) -> None:
+    small, large = lines(inspect_model(str(llama), device="cpu")), lines(inspect_model("llama-2-7b", device="cpu"))
+    assert "MiB in all" in "".join(small) and "GiB" not in "".join(small)
+    assert "GiB in all" in "".join(large) and "MiB" not in "".join(large)
+    facts = inspect_model(str(llama), device="cpu")
+    assert f"{facts['weight_bytes'] / 2**20:.2f} MiB" in small[2]
+
+
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -190,7 +198,9 @@ def test_a_truncated_shard(copy: Path) -> None:
 def test_an_unknown_quantisation(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "nonesuch"}}))
-    refused(copy, UnsupportedModelError, "quantised")
+    refused(
+        copy, UnsupportedModelError, "quantization_config: nonesuch", "use the float16, bfloat16 or float32 original"
+    )
 
 
 def test_pickled_weights(copy: Path) -> None:

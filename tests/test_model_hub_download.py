@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -241,3 +242,24 @@ def test_a_model_that_does_not_fit_is_not_downloaded(hub: FakeHub, client: Clien
     said = client.refused(code, REPO, "")
     assert "does not fit on cpu: it needs" in said and "use a device with" in said
     assert hub.downloads("config.json") and hub.downloads(".safetensors") == []
+
+
+INSPECT = """
+import json, sys
+from jitgraph.engine.inspection import inspect_model
+facts = inspect_model(sys.argv[1], device="cpu")
+print(json.dumps({name: facts[name] for name in ("name", "family", "parameters", "runs", "stored", "own_dtype")}))
+"""
+
+
+def test_inspecting_a_hub_model(hub: FakeHub, client: Client, folders: tuple[Path, Path]) -> None:
+    """Without its weights, though its index of shards names them; and with them once they are there."""
+    done = client.run(INSPECT, REPO)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert (facts["name"], facts["family"], facts["runs"], facts["stored"]) == (REPO, "llama", "native", None)
+    assert hub.downloads(".safetensors") == []
+    client.get()
+    after = json.loads(client.run(INSPECT, REPO, HF_HUB_OFFLINE="1").stdout)
+    assert after["stored"]["files"] == len(list(folders[0].glob("*.safetensors")))
+    assert after["stored"]["elements_by_dtype"] == {"F32": facts["parameters"]}

@@ -140,6 +140,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, stored)
 
 
+def is_downloaded(folder: Path) -> bool:
+    """Whether all the weights that a snapshot of the hub names are there; its small files come first."""
+    try:
+        return bool(_files(folder))
+    except CheckpointError:
+        return False
+
+
 def _files(folder: Path) -> list[Path]:
     if (folder / SINGLE_FILE).exists():
         return [folder / SINGLE_FILE]

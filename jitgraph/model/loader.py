@@ -59,6 +59,8 @@ class ModelSource:
     config: dict[str, Any]
     generation_config: dict[str, Any]
     spec: ModelSpec
+    from_hub: bool = False
+    """Whether the folder is a snapshot of the hub, which may hold the small files alone."""
 
 
 def load_model(
@@ -184,12 +186,12 @@ def find_model(
 
     repo, revision = named.groups()
     small = download(repo, revision, weights=False, progress=progress)
-    source = _read_folder(model, small)  # an unsupported family is refused before the long part
+    source = _read_folder(model, small, from_hub=True)  # an unsupported family is refused before the long part
     if weights == "random":
         return source
     if before_weights is not None:
         before_weights(source)
-    return _read_folder(model, download(repo, small.name, weights=True, progress=progress))
+    return _read_folder(model, download(repo, small.name, weights=True, progress=progress), from_hub=True)
 
 
 def _check_eos(spec: ModelSpec, folder: Path) -> None:
@@ -206,7 +208,7 @@ def _check_eos(spec: ModelSpec, folder: Path) -> None:
         )
 
 
-def _read_folder(name: str, folder: Path) -> ModelSource:
+def _read_folder(name: str, folder: Path, from_hub: bool = False) -> ModelSource:
     path = folder / "config.json"
     config = read_json(path, "name a Hugging Face checkpoint folder, the one that holds config.json")
     generation = folder / "generation_config.json"
@@ -214,7 +216,7 @@ def _read_folder(name: str, folder: Path) -> ModelSource:
     spec = _spec(config, str(path))
     spec = dataclasses.replace(spec, eos_token_ids=eos_ids(spec, generation_config, str(generation)))
     _check_eos(spec, folder)
-    return ModelSource(name, folder, config, generation_config, spec)
+    return ModelSource(name, folder, config, generation_config, spec, from_hub)
 
 
 def _spec(config: dict[str, Any], where: str) -> ModelSpec:
