@@ -38,7 +38,9 @@ from jitgraph.cli_options import (
 )
 from jitgraph.cli_progress import progress_reporter
 from jitgraph.cli_serve import serve
+from jitgraph.cli_threads import settle_threads
 from jitgraph.errors import ConfigError, JitgraphError, RequestError
+from jitgraph.model.default import DEFAULT_MODEL
 from jitgraph.types import FinishReason, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
@@ -74,7 +76,7 @@ Logprobs = Annotated[int | None, typer.Option(help="Report log-probabilities wit
 
 @app.command()
 def generate(
-    model: Model = "tiny",
+    model: Model = DEFAULT_MODEL,
     prompt: Annotated[str | None, typer.Option(help="The text to continue; `-` reads standard input.")] = None,
     token_ids: Annotated[str | None, typer.Option(help="The prompt as token ids: 1,2,3.")] = None,
     weights: Weights = "checkpoint",
@@ -148,7 +150,7 @@ def generate(
 
 @app.command()
 def chat(
-    model: Model = "tiny",
+    model: Model = DEFAULT_MODEL,
     system: Annotated[str | None, typer.Option(help="System message that opens the conversation.")] = None,
     weights: Weights = "checkpoint",
     weights_seed: WeightSeed = 0,
@@ -266,6 +268,7 @@ def _open(model: str, weights: str, seed: int, **settings: Any) -> LLM:
 
     with progress_reporter() as progress:
         llm = LLM(model, weights=weights, seed=seed, progress=progress, **settings)
+    settle_threads(llm)
     for notice in llm.notices:
         _note(notice)
     return llm

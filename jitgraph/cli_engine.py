@@ -11,12 +11,13 @@ import typer
 from jitgraph import cli_options as options
 from jitgraph.cli_progress import progress_reporter
 from jitgraph.errors import ConfigError
+from jitgraph.model.default import DEFAULT_MODEL
 
 
 @options.takes_engine_options
 def engine(
     socket: Annotated[Path, typer.Option(help="Unix socket to listen at, in a folder that only you can enter.")],
-    model: options.Model = "tiny",
+    model: options.Model = DEFAULT_MODEL,
     device: options.Device = "auto",
     spin_us: Annotated[
         float | None,

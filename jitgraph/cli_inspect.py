@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 
 from jitgraph import cli_options as options
+from jitgraph.model.default import DEFAULT_MODEL
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
+
+
+@dataclass(frozen=True)
+class Unit:
+    """In which sizes are shown."""
+
+    name: str
+    size: int
+
+    def __call__(self, count: int) -> str:
+        return f"{count / self.size:.2f} {self.name}"
 
 
 def inspect(
-    model: options.Model = "tiny",
+    model: options.Model = DEFAULT_MODEL,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document, in bytes and milliseconds.")] = False,
@@ -26,19 +39,21 @@ def inspect(
 
 
 def lines(facts: dict[str, Any]) -> list[str]:
-    """The figures for a reader."""
+    """The figures for a reader, in MiB where the largest is below a GiB."""
+    largest = max(row["total"] for row in facts["memory"])
+    unit = Unit("GiB", GIB) if largest >= GIB else Unit("MiB", MIB)
     rows = [
         ("model", facts["name"]),
         ("family", f"{facts['family']}, {_runs(facts)}"),
-        ("parameters", f"{facts['parameters'] / 1e6:,.1f} million, {facts['weight_bytes'] / GIB:.2f} GiB"),
+        ("parameters", f"{facts['parameters'] / 1e6:,.1f} million, {unit(facts['weight_bytes'])}"),
         ("dtype", f"{facts['dtype']} (its own: {facts['own_dtype']})"),
-        ("files", _files(facts["stored"])),
+        ("files", _files(facts["stored"], unit)),
         ("quantisation", _quantised(facts["quantisation"])),
         ("context", f"{facts['context']} tokens, {facts['kv_bytes_per_token'] / 1024:.1f} KiB of KV cache each"),
         ("tokenizer", _tokens(facts)),
-        ("floor", _floor(facts["floor"])),
+        ("floor", _floor(facts["floor"], unit)),
     ]
-    return [*(f"{name:<13}{text}" for name, text in rows), "", *_memory_table(facts["memory"])]
+    return [*(f"{name:<13}{text}" for name, text in rows), "", *_memory_table(facts["memory"], unit)]
 
 
 def _runs(facts: dict[str, Any]) -> str:
@@ -47,13 +62,11 @@ def _runs(facts: dict[str, Any]) -> str:
     return f"through its own forward in transformers ({facts['why_not_native']})"
 
 
-def _files(stored: dict[str, Any] | None) -> str:
+def _files(stored: dict[str, Any] | None, unit: Unit) -> str:
     if stored is None:
         return "no weights here; random ones can be made (--weights random), a hub id is downloaded when it is used"
     kinds = ", ".join(sorted(stored["elements_by_dtype"]))
-    return (
-        f"{stored['files']} safetensors, {stored['file_bytes'] / GIB:.2f} GiB, {stored['tensors']} tensors of {kinds}"
-    )
+    return f"{stored['files']} safetensors, {unit(stored['file_bytes'])}, {stored['tensors']} tensors of {kinds}"
 
 
 def _quantised(table: dict[str, Any] | None) -> str:
@@ -68,8 +81,8 @@ def _tokens(facts: dict[str, Any]) -> str:
     return f"{found['entries']} entries (embedding: {facts['vocab_size']} rows), {chat} a chat template"
 
 
-def _floor(floor: dict[str, Any]) -> str:
-    read = f"{floor['bytes_per_token'] / GIB:.2f} GiB read a token"
+def _floor(floor: dict[str, Any], unit: Unit) -> str:
+    read = f"{unit(floor['bytes_per_token'])} read a token"
     if floor["device"] == "cpu":
         return f"{read}; no GPU here to say how fast"
     if floor["token_ms"] is None:
@@ -77,12 +90,12 @@ def _floor(floor: dict[str, Any]) -> str:
     return f"{floor['token_ms']:.3f} ms a token on {floor['device']} ({read} at a nominal {floor['read_tb_s']} TB/s)"
 
 
-def _memory_table(rows: list[dict[str, int]]) -> list[str]:
-    """GiB by streams and context: weights, KV cache and workspace, and their sum."""
-    head = f"{'streams':>7} {'context':>8} {'weights':>9} {'KV cache':>9} {'workspace':>9} {'GiB in all':>11}"
+def _memory_table(rows: list[dict[str, int]], unit: Unit) -> list[str]:
+    """Memory by streams and context: weights, KV cache and workspace, and their sum."""
+    head = f"{'streams':>7} {'context':>8} {'weights':>9} {'KV cache':>9} {'workspace':>9} {f'{unit.name} in all':>11}"
     body = [
-        f"{row['streams']:>7} {row['context']:>8} {row['weights'] / GIB:>9.2f} {row['kv'] / GIB:>9.2f} "
-        f"{row['workspace'] / GIB:>9.2f} {row['total'] / GIB:>11.2f}"
+        f"{row['streams']:>7} {row['context']:>8} {row['weights'] / unit.size:>9.2f} {row['kv'] / unit.size:>9.2f} "
+        f"{row['workspace'] / unit.size:>9.2f} {row['total'] / unit.size:>11.2f}"
         for row in rows
     ]
     return [head, *body]

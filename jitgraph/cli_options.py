@@ -13,7 +13,7 @@ import typer
 from jitgraph.config import EngineConfig
 from jitgraph.errors import ConfigError
 
-Model = Annotated[str, typer.Argument(help="Checkpoint folder, hub id or preset; `tiny` needs no download.")]
+Model = Annotated[str, typer.Argument(help="Checkpoint folder, hub id or preset; without one, the bundled model.")]
 Weights = Annotated[str, typer.Option(help="`checkpoint`, or `random` for a preset's seeded random weights.")]
 WeightSeed = Annotated[int, typer.Option("--weights-seed", help="Seed of random weights.")]
 Device = Annotated[str, typer.Option(help="`auto`, `cuda`, `cuda:1` or `cpu`.")]

@@ -11,6 +11,7 @@ import typer
 from jitgraph import cli_options as options
 from jitgraph.config import server_api_key
 from jitgraph.errors import ConfigError
+from jitgraph.model.default import DEFAULT_MODEL
 
 MOST_ENGINES = 16
 
@@ -25,7 +26,7 @@ RequestLog = Annotated[
 
 @options.takes_engine_options
 def serve(
-    model: options.Model = "tiny",
+    model: options.Model = DEFAULT_MODEL,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at; 0 takes a free one.")] = 8000,
     api_key: ApiKey = None,

@@ -80,6 +80,11 @@ def engine_environment(threads: int | None = None) -> dict[str, str]:
     return {**wanted, **{name: value for name, value in os.environ.items() if name != "JITGRAPH_API_KEY"}}
 
 
+def threads_are_given() -> bool:
+    """Whether the user has said how many threads work on the CPU (``OMP_NUM_THREADS``)."""
+    return bool(os.environ.get("OMP_NUM_THREADS"))
+
+
 def environment_settings() -> dict[str, str]:
     """The variables of ``ENVIRONMENT`` that are set, for reports: of a secret, only that it is."""
     secret = ("TOKEN", "KEY", "SECRET", "PASSWORD")

@@ -21,6 +21,7 @@ from jitgraph.engine.report import counters, describe
 from jitgraph.errors import CheckpointError, ConfigError, RequestError
 from jitgraph.idle import IdleThread
 from jitgraph.locks import FairLock
+from jitgraph.model.default import DEFAULT_MODEL
 from jitgraph.model.loader import LoadedModel
 from jitgraph.stream import DETOKENIZER_TAIL, Live, Stream
 from jitgraph.text.detokenize import IncrementalDetokenizer
@@ -33,8 +34,9 @@ class LLM:
     """A model ready to answer.
 
     ``model`` is a checkpoint folder, a hub id or a preset (``llama-2-7b``, ``llama-3.1-8b``, ``qwen2.5-0.5b``,
-    ``tiny``); presets other than ``tiny`` need ``weights="random"``. Further keyword arguments are the fields of
-    ``jitgraph.config.EngineConfig``. ``progress(phase, done, total)`` hears about loading, warming up and capturing.
+    ``tiny``); presets other than ``tiny`` need ``weights="random"``. Without one it is the bundled model. Further
+    keyword arguments are the fields of ``jitgraph.config.EngineConfig``. ``progress(phase, done, total)`` hears about
+    loading, warming up and capturing.
 
     ``isolated=True`` runs the engine in a process of its own: see ``jitgraph.llm_isolated``.
 
@@ -58,7 +60,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path = "tiny",
+        model: str | Path = DEFAULT_MODEL,
         *,
         isolated: bool = False,
         weights: str = "checkpoint",

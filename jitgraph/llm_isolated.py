@@ -21,6 +21,7 @@ from jitgraph.engine.engine import Engine
 from jitgraph.engine.isolated_worker import arguments
 from jitgraph.errors import ConfigError
 from jitgraph.llm import LLM
+from jitgraph.model.default import DEFAULT_MODEL
 from jitgraph.server.api_client import Client
 from jitgraph.server.client_errors import EngineGone
 from jitgraph.server.runtime_folder import RuntimeFolder
@@ -59,7 +60,7 @@ class IsolatedLLM(LLM):
 
     def __init__(
         self,
-        model: str | Path = "tiny",
+        model: str | Path = DEFAULT_MODEL,
         *,
         isolated: bool = True,
         weights: str = "checkpoint",

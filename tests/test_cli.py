@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from jitgraph import __version__
 from jitgraph.cli import app, run_cli
+from jitgraph.model.spec import ModelSpec
 
 QUICK = ["--device", "cpu", "--max-model-len", "64"]
 
@@ -42,7 +44,19 @@ def test_generate_streams_text(run: Run) -> None:
 
 
 def test_generate_json_and_seed(run: Run) -> None:
-    words = ["generate", "--token-ids", "3,4,5", "--max-tokens", "6", "--temperature", "1", "--seed", "3", "--json"]
+    words = [
+        "generate",
+        "tiny",
+        "--token-ids",
+        "3,4,5",
+        "--max-tokens",
+        "6",
+        "--temperature",
+        "1",
+        "--seed",
+        "3",
+        "--json",
+    ]
     first, second = (run(*words, "--logprobs", "2", *QUICK) for _ in range(2))
     document = json.loads(first[1])
     assert document["prompt_token_ids"] == [3, 4, 5] and len(document["token_ids"]) == 6
@@ -52,12 +66,12 @@ def test_generate_json_and_seed(run: Run) -> None:
 
 
 def test_generate_reads_standard_input(run: Run) -> None:
-    code, out, _ = run("generate", "--prompt", "-", "--max-tokens", "2", "--json", *QUICK, given="Hello there")
+    code, out, _ = run("generate", "tiny", "--prompt", "-", "--max-tokens", "2", "--json", *QUICK, given="Hello there")
     assert code == 0 and len(json.loads(out)["prompt_token_ids"]) >= 2
 
 
 def test_penalties_and_bias(run: Run) -> None:
-    words = ["generate", "--token-ids", "3,4,5", "--max-tokens", "16", "--json", *QUICK]
+    words = ["generate", "tiny", "--token-ids", "3,4,5", "--max-tokens", "16", "--json", *QUICK]
 
     def tokens(*more: str) -> list[int]:
         code, out, err = run(*words, *more)
@@ -74,7 +88,7 @@ def test_penalties_and_bias(run: Run) -> None:
 
 def test_engine_settings(run: Run) -> None:
     """Each is taken and does what it says; none changes what a greedy request gets."""
-    words = ["generate", "--token-ids", "3,4,5", "--max-tokens", "6", "--json"]
+    words = ["generate", "tiny", "--token-ids", "3,4,5", "--max-tokens", "6", "--json"]
     expected = json.loads(run(*words, *QUICK)[1])["token_ids"]
     for more in (["--strict"], ["--batch-invariant"], ["--precapture", "1-3, 5"], ["--max-graphs", "0"]):
         code, out, err = run(*words, *more, *QUICK)
@@ -83,9 +97,9 @@ def test_engine_settings(run: Run) -> None:
 
 def test_a_stream_longer_than_its_window(run: Run) -> None:
     words = ["--token-ids", "3,4,5", "--max-tokens", "60", "--ignore-eos", "--json", "--device", "cpu"]
-    code, out, err = run("generate", *words, "--kv-window", "24")
+    code, out, err = run("generate", "tiny", *words, "--kv-window", "24")
     assert code == 0 and len(json.loads(out)["token_ids"]) == 60, err
-    whole = json.loads(run("generate", *words)[1])["token_ids"]
+    whole = json.loads(run("generate", "tiny", *words)[1])["token_ids"]
     assert json.loads(out)["token_ids"][:20] == whole[:20], "until the window is full"
 
 
@@ -109,6 +123,22 @@ def test_chat_takes_penalties(run: Run) -> None:
     for penalty in ("--presence-penalty=-2", "--frequency-penalty=-2", "--repetition-penalty=0.3"):
         code, out, _ = run(*words, penalty, given="Hello\n\n")
         assert code == 0 and out != plain, penalty
+
+
+@pytest.mark.parametrize(("given", "parameters", "threads"), [("", 10, 1), ("3", 10, 4), ("", 10**9, 4)])
+def test_a_small_model_gets_one_thread(
+    monkeypatch: pytest.MonkeyPatch, run: Run, given: str, parameters: int, threads: int
+) -> None:
+    """On the CPU, unless the user has said how many."""
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    monkeypatch.setattr(ModelSpec, "linear_parameters", lambda _: parameters)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        assert run("generate", "tiny", "--prompt", "x", "--max-tokens", "2", *QUICK)[0] == 0
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_export_and_use(run: Run, tmp_path: Path) -> None:

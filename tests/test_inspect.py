@@ -68,7 +68,7 @@ def copy(llama: Path, tmp_path: Path) -> Path:
 
 
 def test_a_native_checkpoint(llama: Path) -> None:
-    with patch("jitgraph.model.loader.fill", side_effect=AssertionError("a weight was read")):
+    with patch("jitgraph.model.checkpoint.read_into", side_effect=AssertionError("a weight was read")):
         facts = inspect_model(str(llama), device="cpu")
     model = transformers.AutoModelForCausalLM.from_pretrained(llama)
     assert facts["parameters"] == sum(p.numel() for p in model.parameters())
@@ -160,12 +160,20 @@ def test_the_command(llama: Path) -> None:
     assert "no weights here" in runner.invoke(app, ["inspect", "tiny", "--device", "cpu"]).stdout
 
 
+def test_small_models_are_shown_in_mib(llama: Path) -> None:
+    small, large = lines(inspect_model(str(llama), device="cpu")), lines(inspect_model("llama-2-7b", device="cpu"))
+    assert "MiB in all" in "".join(small) and "GiB" not in "".join(small)
+    assert "GiB in all" in "".join(large) and "MiB" not in "".join(large)
+    facts = inspect_model(str(llama), device="cpu")
+    assert f"{facts['weight_bytes'] / 2**20:.2f} MiB" in small[2]
+
+
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 
 def refused(model: Path, kind: type[JitgraphError], *words: str, **settings: Any) -> None:
     """Both ``inspect`` and ``LLM`` refuse it in one sentence, before a weight is read."""
-    with patch("jitgraph.model.loader.fill", side_effect=AssertionError("a weight was read")):
+    with patch("jitgraph.model.checkpoint.read_into", side_effect=AssertionError("a weight was read")):
         for call in (
             lambda: inspect_model(str(model), device="cpu"),
             lambda: LLM(str(model), device="cpu", **settings),
@@ -190,7 +198,9 @@ def test_a_truncated_shard(copy: Path) -> None:
 def test_an_unknown_quantisation(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "nonesuch"}}))
-    refused(copy, UnsupportedModelError, "quantised")
+    refused(
+        copy, UnsupportedModelError, "quantization_config: nonesuch", "use the float16, bfloat16 or float32 original"
+    )
 
 
 def test_pickled_weights(copy: Path) -> None:
@@ -231,7 +241,7 @@ def test_a_model_that_does_not_fit(llama: Path) -> None:
     config = EngineConfig(max_streams=4)
     free = needed(spec, config, 4, False).total - (2 << 20)
     with (
-        patch("jitgraph.model.loader.fill", side_effect=AssertionError("a weight was read")),
+        patch("jitgraph.model.checkpoint.read_into", side_effect=AssertionError("a weight was read")),
         patch("jitgraph.engine.opening.free_bytes", return_value=free),
         pytest.raises(CapacityError, match=r"does not fit on cpu: it needs .* max_model_len=\d+ would fit") as caught,
     ):

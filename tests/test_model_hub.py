@@ -53,7 +53,8 @@ def test_config_first_then_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     asked: list[list[str]] = []
 
-    def serve(repo: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+    def serve(repo: str, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        assert revision in (None, tmp_path.name)
         assert repo == "owner/name" and "consolidated*" in ignore_patterns
         asked.append(allow_patterns)
         return str(tmp_path)

@@ -149,7 +149,7 @@ def test_rope_spellings() -> None:
         ({"model_type": "gemma", "architectures": None}, ["gemma", SUPPORTED]),
         ({"model_type": None, "architectures": None}, ["model_type", SUPPORTED]),
         ({"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequenceClassification", SUPPORTED]),
-        ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config"]),
+        ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config: awq"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "silu"]),
         ({"dtype": "float64"}, ["dtype", "float64", "bfloat16"]),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, ["longrope", "linear", "dynamic", "llama3", "yarn"]),

@@ -15,7 +15,7 @@ import torch
 from jitgraph.config import EngineConfig
 from jitgraph.engine.fitting import check_tokenizer, needed, parameter_count
 from jitgraph.errors import CheckpointError
-from jitgraph.model.checkpoint import INDEX_FILE, SINGLE_FILE, open_checkpoint
+from jitgraph.model.checkpoint import INDEX_FILE, SINGLE_FILE, is_downloaded, open_checkpoint
 from jitgraph.model.device import resolve_device, resolve_dtype
 from jitgraph.model.hf_spec import ForeignSpec
 from jitgraph.model.loader import ModelSource, find_model
@@ -100,9 +100,9 @@ def inspect_model(model: str, device: str = "auto", dtype: str = "auto") -> dict
 
 def _stored(source: ModelSource) -> dict[str, Any] | None:
     """What the safetensors headers say; None where the folder has no weights, as of a preset or a hub id that was never
-    downloaded."""
+    downloaded as a whole."""
     folder = source.folder
-    if folder is None or not _has_weights(folder):
+    if folder is None or not (is_downloaded(folder) if source.from_hub else _has_weights(folder)):
         return None
     checkpoint = open_checkpoint(folder)
     if not isinstance(source.spec, ForeignSpec):

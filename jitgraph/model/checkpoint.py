@@ -1,11 +1,12 @@
-"""A folder's safetensors files: found, checked against the model's figures from their headers, then read in order.
+"""A folder's safetensors files: found, checked against the model's figures from their headers, then read.
 
 Nothing is allocated before every name, shape and dtype is known to fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from safetensors import SafetensorError, safe_open
 
 from jitgraph.errors import CheckpointError
 from jitgraph.model.config_reader import ConfigReader, read_json
-from jitgraph.model.packing import hf_shapes
+from jitgraph.model.device import torch_dtype
+from jitgraph.model.packing import Progress, hf_shapes
+from jitgraph.model.reading import Extent, read_into
 from jitgraph.model.spec import ModelSpec
 
 SINGLE_FILE = "model.safetensors"
@@ -32,6 +35,13 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: str
     """As safetensors writes it: ``F16``, ``BF16``, ``F32``, ``I8``, ..."""
+    start: int
+    """Where its bytes begin in the file."""
+
+    def extent(self, elements: int) -> Extent:
+        """Where its bytes lie, for a reader. Its dtype is one of ``DTYPES``."""
+        dtype = torch_dtype(DTYPES[self.dtype])
+        return Extent(self.file, self.start, elements * dtype.itemsize, dtype)
 
 
 @dataclass(frozen=True)
@@ -74,25 +84,24 @@ class Checkpoint:
                 + "; ".join(parts)
             )
 
-    def tensors(self, spec: ModelSpec) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor that the model needs, file by file, mapped into host memory one at a time.
+    def read(self, spec: ModelSpec, places: dict[str, torch.Tensor], progress: Progress | None = None) -> None:
+        """Every tensor that the model needs into its place of ``hf_views``, converting dtype and device.
 
         Raises:
-            CheckpointError: a file that became unreadable since its header was read.
+            CheckpointError: a file that became unreadable since its header was read, or a tied head that is none.
         """
         if spec.tie_embeddings and "lm_head.weight" in self.stored:
             self._check_tied()
-        wanted: dict[Path, list[str]] = {}
-        for name in hf_shapes(spec):
-            wanted.setdefault(self.stored[name].file, []).append(name)
-        for path, names in wanted.items():
-            with _opened(path) as file:
-                for name in names:
-                    try:
-                        tensor = file.get_tensor(name)
-                    except (SafetensorError, OSError) as error:
-                        raise _broken(path, error) from error
-                    yield name, tensor
+        extents = {name: self.stored[name].extent(place.numel()) for name, place in places.items()}
+        total, done = sum(place.nbytes for place in places.values()), 0
+
+        def report(name: str) -> None:
+            nonlocal done
+            done += places[name].nbytes
+            if progress is not None:
+                progress("loading weights (MiB)", done >> 20, total >> 20)
+
+        read_into(places, extents, report)
 
     def _check_tied(self) -> None:
         """A stored LM head must be the embedding that the config ties it to.
@@ -120,14 +129,23 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     stored: dict[str, StoredTensor] = {}
     for path in _files(folder):
         with _opened(path) as file:
+            starts = _starts(path)
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 if name in stored:
                     raise CheckpointError(
                         f"{name} is in both {stored[name].file} and {path}: remove one of these files"
                     )
                 view = file.get_slice(name)
-                stored[name] = StoredTensor(path, tuple(view.get_shape()), str(view.get_dtype()))
+                stored[name] = StoredTensor(path, tuple(view.get_shape()), str(view.get_dtype()), starts[name])
     return Checkpoint(folder, stored)
+
+
+def is_downloaded(folder: Path) -> bool:
+    """Whether all the weights that a snapshot of the hub names are there; its small files come first."""
+    try:
+        return bool(_files(folder))
+    except CheckpointError:
+        return False
 
 
 def _files(folder: Path) -> list[Path]:
@@ -160,6 +178,20 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
+        raise _broken(path, error) from error
+
+
+def _starts(path: Path) -> dict[str, int]:
+    """Where each tensor's bytes begin. The library has checked the header but does not give this away: eight bytes with
+    the header's length, then JSON with offsets from its end."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        return {
+            name: 8 + length + int(one["data_offsets"][0]) for name, one in header.items() if name != "__metadata__"
+        }
+    except (OSError, ValueError, KeyError, struct.error) as error:
         raise _broken(path, error) from error
 
 

@@ -119,8 +119,9 @@ def _family(keys: ConfigReader) -> str:
 
 def _refuse_unsupported(keys: ConfigReader) -> None:
     if keys.has("quantization_config"):
+        method = keys.table("quantization_config").get("quant_method", "by an unnamed method")
         raise UnsupportedModelError(
-            f"{keys.where}: quantised checkpoints (quantization_config) are not supported; "
+            f"{keys.where}: quantised checkpoints are not supported, and this is one (quantization_config: {method}); "
             "use the float16, bfloat16 or float32 original"
         )
     activation = keys.text("hidden_act", "silu")

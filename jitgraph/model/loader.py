@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from jitgraph.errors import CheckpointError, ConfigError, UnsupportedModelError
-from jitgraph.model.checkpoint import open_checkpoint
+from jitgraph.model.checkpoint import Checkpoint, open_checkpoint
 from jitgraph.model.config_reader import read_json
+from jitgraph.model.default import DEFAULT_MODEL, STAND_IN, default_model_folder
 from jitgraph.model.device import resolve_device, resolve_dtype
 from jitgraph.model.hf import HfModel, load_hf_model
 from jitgraph.model.hf_config import ARCHITECTURES, config_dtype, eos_ids, spec_from_config
@@ -31,7 +32,7 @@ from jitgraph.model.weights import ModelWeights
 from jitgraph.types import MAX_STOP_TOKEN_IDS
 
 WEIGHTS = ("checkpoint", "random")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@([\w][\w./-]*))?")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class ModelSource:
     config: dict[str, Any]
     generation_config: dict[str, Any]
     spec: ModelSpec
+    from_hub: bool = False
+    """Whether the folder is a snapshot of the hub, which may hold the small files alone."""
 
 
 def load_model(
@@ -73,14 +76,15 @@ def load_model(
     """Reads or makes a model's weights straight into their packed places on the device.
 
     Args:
-        model: preset name, checkpoint folder or hub id. Of a preset and a folder of one name the preset is meant;
-            ``./name`` is the folder.
+        model: preset name, ``default`` (the bundled model), checkpoint folder or hub id. Of a preset and a folder of
+            one name the preset is meant; ``./name`` is the folder.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``float16``, ``bfloat16``, ``float32``; ``auto`` is the checkpoint's own on CUDA and float32 on the CPU.
         weights: ``checkpoint`` reads safetensors; ``random`` makes seeded random ones (a folder then needs no weights).
         seed: of random weights.
         progress: told (phase, MiB done, MiB in all) after each tensor.
-        before: called once everything is known of the model and before any weight is read; what it raises comes out.
+        before: called once everything is known of the model and before any weight is read, of a hub id also before any
+            is downloaded; what it raises comes out.
 
     Raises:
         CheckpointError: nothing of that name, or a checkpoint that is damaged or contradicts its config.
@@ -90,9 +94,14 @@ def load_model(
         CapacityError: the device's memory is too small.
     """
     target = resolve_device(device)
-    source = find_model(model, weights=weights)
+
+    def before_weights(source: ModelSource) -> None:
+        if before is not None:
+            before(source, resolve_dtype(dtype, source.spec.dtype, target), target)
+
+    source = find_model(model, weights=weights, progress=progress, before_weights=before_weights)
     spec, random = source.spec, weights == "random" or source.folder is None
-    tensors: Iterable[tuple[str, torch.Tensor]]
+    checkpoint: Checkpoint | None = None
     if isinstance(spec, ForeignSpec):
         return _load_foreign(source, spec, target, dtype, seed if random else None, progress, before)
     if source.folder is not None and not random:
@@ -100,14 +109,14 @@ def load_model(
         checkpoint.check(spec)
         if config_dtype(source.config, source.name) is None:
             spec = dataclasses.replace(spec, dtype=checkpoint.dtype or spec.dtype)
-        tensors = checkpoint.tensors(spec)
     chosen = resolve_dtype(dtype, spec.dtype, target)
     if before is not None:
         before(source, chosen, target)
-    if random:
-        tensors = iter_random_tensors(spec, seed, target, chosen)
     packed = allocate_weights(spec, target, chosen)
-    fill(hf_views(spec, packed), tensors, progress)
+    if checkpoint is not None:
+        checkpoint.read(spec, hf_views(spec, packed), progress)
+    else:
+        fill(hf_views(spec, packed), iter_random_tensors(spec, seed, target, chosen), progress)
     if target.type == "cuda":
         torch.cuda.empty_cache()  # the drafts of random tensors; what stays reserved is the model alone
     return LoadedModel(source.name, spec, packed, source.folder, source.generation_config, chosen, target)
@@ -134,14 +143,26 @@ def _load_foreign(
     return LoadedModel(source.name, held.spec, held, source.folder, source.generation_config, chosen, device)
 
 
-def find_model(model: str, *, weights: str = "checkpoint") -> ModelSource:
+def find_model(
+    model: str,
+    *,
+    weights: str = "checkpoint",
+    progress: Progress | None = None,
+    before_weights: Callable[[ModelSource], None] | None = None,
+) -> ModelSource:
     """Configuration of a model by name; a hub id is downloaded, with its weights unless they are to be random.
+
+    ``owner/name@revision`` is a branch, tag or commit. Whatever a branch does meanwhile, configuration and weights are
+    of one commit. ``before_weights`` is called between the two; what it raises comes out, and no weight is fetched.
 
     Raises:
         CheckpointError, UnsupportedModelError, ConfigError: as ``load_model``.
     """
     if weights not in WEIGHTS:
         raise ConfigError(f"weights must be one of {', '.join(WEIGHTS)}, not {weights!r}")
+    if model == DEFAULT_MODEL:
+        bundled = default_model_folder()
+        return find_model(STAND_IN, weights=weights) if bundled is None else _read_folder(DEFAULT_MODEL, bundled)
     if model in PRESETS:
         if weights != "random" and model not in RANDOM_BY_NATURE:
             raise ConfigError(
@@ -155,16 +176,22 @@ def find_model(model: str, *, weights: str = "checkpoint") -> ModelSource:
         return _read_folder(Path(folder).resolve().name, Path(folder))
     if os.path.exists(folder):
         raise CheckpointError(f"{model} is a file: name the checkpoint folder that holds config.json and the weights")
-    if _HUB_ID.fullmatch(model) is None:
+    named = _HUB_ID.fullmatch(model)
+    if named is None:
         raise CheckpointError(
-            f"{model!r} is no existing folder, no preset ({', '.join(PRESETS)}) and no hub id (owner/name)"
+            f"{model!r} is no existing folder, no preset ({', '.join(PRESETS)}) and no hub id (owner/name, "
+            "or owner/name@revision)"
         )
     from jitgraph.model.hub import download
 
-    source = _read_folder(
-        model, download(model, weights=False)
-    )  # an unsupported family is refused before the long part
-    return source if weights == "random" else _read_folder(model, download(model, weights=True))
+    repo, revision = named.groups()
+    small = download(repo, revision, weights=False, progress=progress)
+    source = _read_folder(model, small, from_hub=True)  # an unsupported family is refused before the long part
+    if weights == "random":
+        return source
+    if before_weights is not None:
+        before_weights(source)
+    return _read_folder(model, download(repo, small.name, weights=True, progress=progress), from_hub=True)
 
 
 def _check_eos(spec: ModelSpec, folder: Path) -> None:
@@ -181,7 +208,7 @@ def _check_eos(spec: ModelSpec, folder: Path) -> None:
         )
 
 
-def _read_folder(name: str, folder: Path) -> ModelSource:
+def _read_folder(name: str, folder: Path, from_hub: bool = False) -> ModelSource:
     path = folder / "config.json"
     config = read_json(path, "name a Hugging Face checkpoint folder, the one that holds config.json")
     generation = folder / "generation_config.json"
@@ -189,7 +216,7 @@ def _read_folder(name: str, folder: Path) -> ModelSource:
     spec = _spec(config, str(path))
     spec = dataclasses.replace(spec, eos_token_ids=eos_ids(spec, generation_config, str(generation)))
     _check_eos(spec, folder)
-    return ModelSource(name, folder, config, generation_config, spec)
+    return ModelSource(name, folder, config, generation_config, spec, from_hub)
 
 
 def _spec(config: dict[str, Any], where: str) -> ModelSpec:
