@@ -268,6 +268,7 @@ def write_model(folder: Path, model: LlamaForCausalLM, tokenizer: Tokenizer) -> 
     written.config.dtype = "float16"
     written.generation_config.do_sample = True
     written.generation_config.temperature, written.generation_config.top_p = 0.4, 0.95
+    written.generation_config.repetition_penalty = 1.1  # a model this small goes round in circles without
     written.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)  # safetensors lets the owner alone read
     tokenizer.save(str(folder / "tokenizer.json"))
