@@ -95,6 +95,23 @@ def test_interval_of_an_average_is_that_of_independent_columns() -> None:
     assert overlap((1.0, 2.0), (2.0, 3.0)) and not overlap((1.0, 2.0), (2.1, 3.0))
 
 
+def test_an_interval_reaches_as_far_as_processes_lie_apart() -> None:
+    """Ten samples of a process tell less about the next process than ten processes would."""
+    rng = np.random.default_rng(6)
+    levels = rng.normal(10, 1, size=8)
+    values = [float(level + noise) for level in levels for noise in rng.normal(0, 0.01, size=25)]
+    processes = [index for index in range(8) for _ in range(25)]
+    pooled, nested = summarise(values), summarise(values, processes)
+    assert nested.mean == pooled.mean and nested.p99 == pooled.p99, "figures are of the pooled samples"
+    expected = 2 * 1.96 * float(np.std(levels, ddof=1)) / 8**0.5
+    assert nested.mean_ci[1] - nested.mean_ci[0] == pytest.approx(expected, rel=0.25)
+    assert pooled.mean_ci[1] - pooled.mean_ci[0] < expected / 3
+    assert summarise(values, [0] * len(values)) == pooled, "one process is no other case than none named"
+    uneven = summarise([1.0, 2.0, 3.0, 9.0], [0, 0, 0, 4])
+    assert uneven.mean_ci[0] >= 1.0 and uneven.mean_ci[1] == 9.0
+    assert average_interval([values], "mean", [processes]) == pytest.approx(nested.mean_ci)
+
+
 # ---------------------------------------------------------------------------------------------------------------- ties
 
 

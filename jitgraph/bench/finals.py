@@ -72,7 +72,8 @@ def _value(rows: Sequence[Row], protocol: str) -> _Value:
         summary = rows[0].summary
         own = summary.mean_ci if ttft else summary.p99_ci
         return _Value(values[0], own if summary.n > 1 else None)
-    interval = average_interval([row.values for row in rows], "mean" if ttft else "p99")
+    taken = [row.restarts for row in rows]
+    interval = average_interval([row.values for row in rows], "mean" if ttft else "p99", taken)
     return _Value(sum(values) / len(values), interval)
 
 

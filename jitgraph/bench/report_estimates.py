@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jitgraph.bench.stats import mean_interval
 from jitgraph.bench.study import Row
 
 MEAN, P99 = "mean", "p99"
@@ -27,7 +26,7 @@ class Estimate:
 def estimate(row: Row, statistic: str) -> Estimate:
     """What a row says of its mean or its P99."""
     if statistic == MEAN:
-        return Estimate(row.summary.mean, mean_interval(row.values), row.emulated)
+        return Estimate(row.summary.mean, row.summary.mean_ci if row.summary.n > 1 else None, row.emulated)
     return Estimate(row.summary.p99, row.summary.p99_ci if row.summary.n > 1 else None, row.emulated)
 
 

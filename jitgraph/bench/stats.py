@@ -49,12 +49,29 @@ class Summary:
     max: float
 
 
-def _picks(n: int) -> Iterator[Draws]:
-    """Indices of the resamples, ``[resamples, n]`` in all, some at a time; always the same ones for the same n."""
+def _picks(n: int, processes: Sequence[int] = ()) -> Iterator[Draws]:
+    """Indices of the resamples, ``[resamples, n]`` in all, some at a time; always the same ones for the same arguments.
+    ``processes``: of each value, the process that took it; samples of one process are alike, so where there are
+    several, processes are drawn first and samples within them."""
     generator = np.random.default_rng(BOOTSTRAP_SEED)
+    groups = [np.flatnonzero(np.asarray(processes) == one) for one in sorted(set(processes))]
     step = max(1, min(BOOTSTRAP_RESAMPLES, CHUNK_VALUES // n))
     for start in range(0, BOOTSTRAP_RESAMPLES, step):
-        yield generator.integers(0, n, size=(min(step, BOOTSTRAP_RESAMPLES - start), n))
+        rows = min(step, BOOTSTRAP_RESAMPLES - start)
+        yield generator.integers(0, n, size=(rows, n)) if len(groups) < 2 else _nested(generator, groups, rows, n)
+
+
+def _nested(generator: np.random.Generator, groups: Sequence[Draws], rows: int, n: int) -> Draws:
+    """As many draws of groups as there are groups, and within each as many samples as are its share of n."""
+    sizes = np.asarray([len(group) for group in groups])
+    places = np.zeros((len(groups), sizes.max()), dtype=np.int64)
+    for index, group in enumerate(groups):
+        places[index, : len(group)] = group
+    slot = np.arange(n) * len(groups) // n
+    chosen = generator.integers(0, len(groups), size=(rows, len(groups)))[:, slot]
+    within = (generator.random((rows, n)) * sizes[chosen]).astype(np.int64)
+    found: Draws = places[chosen, within]
+    return found
 
 
 def _interval(draws: Draws) -> Interval:
@@ -63,11 +80,11 @@ def _interval(draws: Draws) -> Interval:
     return float(low), float(high)
 
 
-def resampled(values: Sequence[float], statistic: str) -> Draws:
+def resampled(values: Sequence[float], statistic: str, processes: Sequence[int] = ()) -> Draws:
     """The statistic (``mean`` or ``p99``) of every resample, ``[resamples]``."""
     data = np.asarray(values, dtype=np.float64)
     parts = []
-    for picks in _picks(len(data)):
+    for picks in _picks(len(data), processes):
         taken = data[picks]
         parts.append(taken.mean(axis=1) if statistic == "mean" else np.percentile(taken, 99, axis=1))
     return np.concatenate(parts)
@@ -78,14 +95,19 @@ def mean_interval(values: Sequence[float]) -> Interval | None:
     return None if len(values) < 2 else _interval(resampled(values, "mean"))
 
 
-def average_interval(columns: Sequence[Sequence[float]], statistic: str) -> Interval | None:
+def average_interval(
+    columns: Sequence[Sequence[float]], statistic: str, processes: Sequence[Sequence[int]] = ()
+) -> Interval | None:
     """95 % interval of the average of a statistic over several lists, each resampled by itself; None where a list has a
-    single sample."""
+    single sample. ``processes``: for each list, who took its values."""
     if not columns or any(len(values) < 2 for values in columns):
         return None
     # The picks are seeded by the count alone, so equally long lists would move together: each is shuffled by its place.
     order = [np.random.default_rng(BOOTSTRAP_SEED + place) for place in range(len(columns))]
-    draws = [rng.permutation(resampled(values, statistic)) for rng, values in zip(order, columns, strict=True)]
+    taken = processes or [()] * len(columns)
+    draws = [
+        rng.permutation(resampled(values, statistic, by)) for rng, values, by in zip(order, columns, taken, strict=True)
+    ]
     return _interval(np.mean(draws, axis=0))
 
 
@@ -94,12 +116,12 @@ def overlap(one: Interval, other: Interval) -> bool:
     return one[0] <= other[1] and other[0] <= one[1]
 
 
-def summarise(values: Sequence[float]) -> Summary:
-    """The figures of one row; ``values`` must not be empty."""
+def summarise(values: Sequence[float], processes: Sequence[int] = ()) -> Summary:
+    """The figures of one row; ``values`` must not be empty. ``processes``: of each value, the process that took it."""
     data = np.asarray(values, dtype=np.float64)
     assert data.ndim == 1 and len(data) > 0, "a summary needs at least one sample"
     means, tails = [], []
-    for picks in _picks(len(data)):
+    for picks in _picks(len(data), processes):
         taken = data[picks]
         means.append(taken.mean(axis=1))
         tails.append(np.percentile(taken, PERCENTILES, axis=1))

@@ -148,7 +148,7 @@ def _row(
 ) -> Row:
     scale = 1e-3 if key.metric.endswith("_s") else 1.0
     values = tuple(value * scale for value in block.values_ms)
-    summary = summarise(values)
+    summary = summarise(values, block.restarts)
     floor = _floor_ms(key, floors, ceiling)
     return Row(
         key=key,
