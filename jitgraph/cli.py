@@ -264,7 +264,7 @@ def run_cli(command: Callable[[], Any]) -> None:
 
 def _open(model: str, weights: str, seed: int, **settings: Any) -> LLM:
     """An ``LLM`` with a progress bar while it gets ready."""
-    from jitgraph.llm import LLM
+    from jitgraph import LLM
 
     with progress_reporter() as progress:
         llm = LLM(model, weights=weights, seed=seed, progress=progress, **settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -153,3 +154,22 @@ def test_the_table_of_environment_variables_is_whole() -> None:
     text = "\n".join(path.read_text(encoding="utf-8") for path in sources if path.suffix in (".py", ".sh"))
     named = set(re.findall(r"\b(?:JITGRAPH|HF|XDG|TRITON)_[A-Z][A-Z_]*\b", text))
     assert named == set(ENVIRONMENT)
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_names_of_the_package_come_when_asked_for_and_leave_the_collector_as_it_was(collecting: bool) -> None:
+    script = f"""
+import gc, sys
+import jitgraph
+assert "torch" not in sys.modules
+gc.enable() if {collecting} else gc.disable()
+jitgraph.Client, jitgraph.AsyncClient
+assert "torch" not in sys.modules
+assert jitgraph.LLM.__name__ == "LLM" and "torch" in sys.modules
+assert gc.isenabled() is {collecting}
+try:
+    jitgraph.Nothing
+except AttributeError as error:
+    assert "no attribute 'Nothing'" in str(error)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)

@@ -155,7 +155,7 @@ class EngineCase:
         self._open(self.isolated)
 
     def _open(self, isolated: bool) -> None:
-        from jitgraph.llm import LLM
+        from jitgraph import LLM
 
         self._llm = LLM(**self._arguments, isolated=isolated)
 
