@@ -12,6 +12,7 @@ from typing import Any
 
 import first_minutes
 import pytest
+import torch
 from test_inspect import save
 
 from jitgraph import LLM, SamplingParams
@@ -23,7 +24,6 @@ from jitgraph.model.loader import find_model
 ROOT = Path(__file__).resolve().parent.parent
 LARGEST_BYTES = 16 * 10**6
 PROMPT = "def read_json(path):"
-needs_the_model = pytest.mark.skipif(default_model_folder() is None, reason="this checkout has no bundled model")
 
 
 # -------------------------------------------------------------------------------------------------------- what it means
@@ -139,10 +139,9 @@ def test_the_curve_is_drawn_to_scale(writer: ModuleType) -> None:
     assert all(0 < x < width and 0 < y < height for x, y in points)
 
 
-# ------------------------------------------------------------------------------------------ what it must be, once there
+# --------------------------------------------------------------------------------------------------------- what it is
 
 
-@needs_the_model
 def test_the_bundled_folder(writer: ModuleType) -> None:
     """Small, of the shape that its record says, with the licence of what it learned from, and with its card."""
     assert sum(path.stat().st_size for path in FOLDER.rglob("*")) <= LARGEST_BYTES
@@ -157,7 +156,6 @@ def test_the_bundled_folder(writer: ModuleType) -> None:
         )
 
 
-@needs_the_model
 def test_it_writes_what_its_card_shows() -> None:
     """The samples of the record were made by transformers; greedy decoding here begins alike."""
     samples = json.loads((FOLDER / "training.json").read_text())["samples"]
@@ -168,7 +166,22 @@ def test_it_writes_what_its_card_shows() -> None:
             assert text.removeprefix(prompt).startswith(found[: len(found) // 2]), prompt
 
 
-@needs_the_model
+@pytest.mark.parametrize("prompt", [PROMPT, "import os\n\n\nclass Path", "for line in"])
+def test_real_weights_give_the_tokens_of_transformers(prompt: str) -> None:
+    """Greedy, 64 tokens in float32; random weights would forgive a confusion of two that are alike."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
+    with LLM(device="cpu", max_streams=1) as llm:
+        found = llm.generate(prompt, SamplingParams(max_tokens=64, ignore_eos=True, logprobs=0))[0]
+    ids = torch.tensor([[*found.prompt_token_ids, *found.token_ids]])
+    with torch.no_grad():
+        logits = model(ids).logits[0, len(found.prompt_token_ids) - 1 : -1]
+    assert logits.argmax(-1).tolist() == list(found.token_ids)
+    expected = logits.log_softmax(-1).max(-1).values
+    assert found.logprobs is not None
+    torch.testing.assert_close(torch.tensor([one.logprob for one in found.logprobs]), expected, rtol=0, atol=1e-3)
+
+
 def test_it_learned_something() -> None:
     """A held-out text is far likelier to it than to chance, by the engine's own log-probabilities."""
     text = "def main():\n    parser = argparse.ArgumentParser()\n    args = parser.parse_args()\n    return 0\n"
