@@ -27,7 +27,7 @@ def bench(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Checkpoint folder, hub id or preset. Default: llama-2-7b on CUDA, tiny on the CPU."),
+        typer.Option(help="Checkpoint folder, hub id or preset. Default: llama-2-7b, on a CPU the bundled model."),
     ] = None,
     weights: Annotated[
         str | None, typer.Option(help="checkpoint or random. Default: random where no model is named.")

@@ -8,6 +8,7 @@ from typing import Any
 
 from jitgraph.config import DTYPES
 from jitgraph.errors import ConfigError
+from jitgraph.model.default import DEFAULT_MODEL
 
 CASES = ("baseline", "cuda-graph", "jit", "hybrid", "tensorrt-llm")
 """In the order in which they run and stand in the tables."""
@@ -227,10 +228,10 @@ class Options:
         p99 = self.p99_iterations
         if p99 is None:
             p99 = QUICK_P99_ITERATIONS if quick else P99_ITERATIONS
-        # Only the presets used by default come without weights; a model named by the user has a checkpoint of its own.
-        weights = self.weights or ("random" if self.model is None else "checkpoint")
+        # Of the models used by default, that of a GPU comes without weights.
+        weights = self.weights or ("random" if self.model is None and cuda else "checkpoint")
         return Plan(
-            model=self.model or ("llama-2-7b" if cuda else "tiny"),
+            model=self.model or ("llama-2-7b" if cuda else DEFAULT_MODEL),
             weights=weights,
             device=device,
             dtype=self.dtype if self.dtype != "auto" else ("float16" if cuda else "float32"),
