@@ -370,6 +370,14 @@ def serving(
         assert engine.pages == 2 and not engine.running and not engine.waiting, "a request is left"
 
 
+def wait_for(condition: Any, what: str) -> None:
+    """Waits for something that another thread does."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(1e-3)
+
+
 def small_buffers(talk: Talk) -> None:
     """Lets little wait inside the kernel, so that a test of a slow reader needs few bytes."""
     talk.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

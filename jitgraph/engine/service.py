@@ -10,12 +10,14 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from jitgraph.engine.service_client import Client
 from jitgraph.engine.service_figures import Figures
-from jitgraph.engine.service_hub import Client, Hub
+from jitgraph.engine.service_hub import Hub
+from jitgraph.engine.service_live import Live
 from jitgraph.engine.service_practice import Practice
 from jitgraph.engine.service_reader import RequestReader
 from jitgraph.engine.service_requests import Grammars, Limits, RequestEngine, Requests
@@ -158,8 +160,8 @@ class Service:
                 self._step()
             else:
                 self._idle()
-            if self._requests.compiling:
-                self._requests.look_at_grammars()
+            if self._requests.held_up:
+                self._requests.look_at_held_up()
             now_s = time.monotonic()
             if now_s >= self._requests.next_deadline_s:
                 self._requests.expire(now_s)
@@ -239,7 +241,7 @@ class Service:
             wait_s = min(wait_s, TIDY_S - quiet_s)
         if self._end_at_s is not None:
             wait_s = min(wait_s, self._end_at_s - now)
-        if self._requests:  # it waits for its grammar
+        if self._requests:  # it waits for its grammar, or for room
             wait_s = min(wait_s, self._requests.next_deadline_s - now)
         if quiet_s < self._spin_s:
             self._practice.now_and_then(now)
@@ -297,6 +299,11 @@ class Service:
         makes nothing of a beat."""
         self._practice.answer()
         self._hub.send(client, self._pulse())
+
+    def behind(self, client: Client, owner: Hashable) -> None:
+        """A client leaves too much unread, most of it of one request's."""
+        assert isinstance(owner, Live)
+        self._requests.behind(owner)
 
     def left(self, client: Client) -> None:
         """A client is gone, and its requests with it."""

@@ -66,7 +66,8 @@ class Submit(Message, frozen=True):
     params: msgspec.Raw
     """``SamplingParams``, packed (``pack_params``): values out of their range refuse the request, not the client."""
     salt: str = ""
-    """Prompts share cached prefixes only with prompts of the same salt."""
+    """Prompts share cached prefixes only with prompts of the same salt. What stands before its first colon names whom a
+    client sends this for: each of those has a share of the queue."""
     prompt_logprobs: int | None = None
     """Alternatives to report for each prompt token; None reports nothing."""
     grammar: Grammar | None = None
