@@ -35,7 +35,7 @@ from jitgraph.server.supervisor_report import HANDOVER, Progress, StartReport
 from jitgraph.types import SamplingParams
 
 FAKE = str(Path(__file__).with_name("fake_engine.py"))
-STALL_ID, EXIT_ID = 13, 14
+STALL_ID, EXIT_ID, PART_ID = 13, 14, 15
 QUICK = Limits(hang_s=1.0, start_silence_s=20.0, grace_s=0.5, restarts=3, window_s=600.0, tick_s=0.05)
 PATIENCE_S = 60.0
 """Everything here takes a second or so; a loaded machine may take longer."""
@@ -461,6 +461,46 @@ def test_an_engine_that_only_seems_to_hang_can_say_goodbye(socket_path: Path) ->
     supervise(socket_path, act=act, lines=lines, limits=patient)
 
 
+def test_an_engine_that_lives_is_connected_again(socket_path: Path) -> None:
+    """A connection that ended is no engine that ended: what it knows and holds is kept."""
+    lines = Lines()
+
+    async def act(supervisor: Supervisor) -> None:
+        await supervisor.ready()
+        first, pid = engine(supervisor), supervisor.pid
+        running = asyncio.create_task(answer(first, [1], 100_000))
+        await asyncio.sleep(0.05)
+        with pytest.raises(EngineGone, match="the test wants it"):
+            await answer(first, [PART_ID], 5)
+        with pytest.raises(EngineGone, match="the test wants it"):
+            await running
+        await until(lambda: supervisor.state == "ready" and supervisor.client is not first)
+        assert supervisor.pid == pid and supervisor.restarts == 0
+        assert await answer(engine(supervisor), [5], 3) == [6, 7, 8]
+        assert "engine: has lost the connection: the test wants it; it lives, and is connected again" in lines
+
+    supervise(socket_path, act=act, lines=lines)
+
+
+def test_an_engine_that_cannot_be_kept_connected_is_replaced(socket_path: Path) -> None:
+    lines = Lines()
+
+    async def act(supervisor: Supervisor) -> None:
+        await supervisor.ready()
+        pid = supervisor.pid
+        for _ in range(QUICK.restarts + 1):
+            client = engine(supervisor)
+            with pytest.raises(EngineGone, match="the test wants it"):
+                await answer(client, [PART_ID], 5)
+            await until(lambda client=client: supervisor.state == "ready" and supervisor.client is not client)
+        assert supervisor.pid != pid
+        assert dict(supervisor.endings) == {"lost": 1}
+        assert await answer(engine(supervisor), [5], 3) == [6, 7, 8]
+        assert "engine: has lost the connection: the test wants it" in lines
+
+    supervise(socket_path, act=act, lines=lines)
+
+
 def test_a_quiet_engine_is_left_alone(socket_path: Path) -> None:
     """Idle for much longer than a hang may last: beats come, steps need not."""
 
@@ -541,6 +581,31 @@ def test_a_drain_does_not_wait_for_ever(socket_path: Path) -> None:
         assert supervisor.state == "stopped"
 
     supervise(socket_path, act=act)
+
+
+def test_a_drain_of_an_engine_that_hears_nothing_has_one_deadline(socket_path: Path) -> None:
+    """SIGSTOP: neither its goodbye nor its end comes, and each must not be waited for in full."""
+
+    async def act(supervisor: Supervisor) -> None:
+        await supervisor.ready()
+        assert supervisor.pid is not None
+        os.kill(supervisor.pid, signal.SIGSTOP)
+        timeouts: list[float] = []
+        wait_for = asyncio.wait_for
+
+        async def noted(what: Awaitable[None], timeout: float) -> None:
+            timeouts.append(timeout)
+            await wait_for(what, timeout)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("jitgraph.server.supervisor.asyncio.wait_for", noted)
+            await supervisor.drain(1.0)
+        assert supervisor.state == "stopped"
+        assert timeouts[0] == pytest.approx(1.0 + limits.grace_s, abs=0.1), "for the goodbye"
+        assert timeouts[2] < 0.1, "and nothing is left of it for the end (between them: the client's own)"
+
+    limits = replace(QUICK, hang_s=PATIENCE_S)
+    supervise(socket_path, act=act, limits=limits)
 
 
 @pytest.mark.parametrize("when", ["starting", "stubborn", "draining"])
