@@ -16,8 +16,9 @@ from pathlib import Path
 
 from jitgraph.errors import JitgraphError
 from jitgraph.ipc.messages import StartPhase
+from jitgraph.lines import LineWriter
 from jitgraph.server.client import EngineClient
-from jitgraph.server.spawn import EngineProcess, print_line, spawn_engine
+from jitgraph.server.spawn import EngineProcess, spawn_engine
 from jitgraph.server.supervisor_policy import (
     Ending,
     Limits,
@@ -57,17 +58,18 @@ class Supervisor:
         *,
         name: str = "engine",
         limits: Limits | None = None,
-        say: Callable[[str], None] = print_line,
+        say: Callable[[str], None] | None = None,
         threads: int | None = None,
         connect: Callable[..., Awaitable[EngineClient]] = EngineClient.connect,
     ) -> None:
         """``command`` runs an engine process when ``--socket PATH`` is added to it. ``say`` gets a line about each
-        event and, from another thread, each line the engine prints. ``threads``: see ``EngineProcess``."""
+        event and, from another thread, each line the engine prints; it must not wait. By default they go to standard
+        error. ``threads``: see ``EngineProcess``."""
         self._command = list(command)
         self._path = socket_path
         self.name = name
         self.limits = limits or Limits()
-        self._say = say
+        self._say = LineWriter() if say is None else say
         self._threads = threads
         self._connect = connect
         self._budget = RestartBudget(self.limits.restarts, self.limits.window_s)
