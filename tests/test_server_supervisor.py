@@ -29,7 +29,7 @@ from jitgraph.server.routing import CLEARLY_BUSIER, KEY_TOKENS, LEAST_TOKENS, Ca
 from jitgraph.server.runtime_folder import RuntimeFolder, remove_stale
 from jitgraph.server.spawn import EngineProcess, spawn_engine, threads_for
 from jitgraph.server.supervisor import Supervisor
-from jitgraph.server.supervisor_policy import Limits, Pulse, RestartBudget, Watch, exit_of, retry_after_s
+from jitgraph.server.supervisor_policy import Limits, Pulse, RestartBudget, Watch, exit_of, patience_s, retry_after_s
 from jitgraph.server.supervisor_pool import EnginePool
 from jitgraph.server.supervisor_report import HANDOVER, Progress, StartReport
 from jitgraph.types import SamplingParams
@@ -186,6 +186,23 @@ def test_a_busy_engine_may_stand_still_for_the_limit_and_an_idle_one_for_ever(li
         hang = watch.hang(now, int(now * 1e9), beat(now, steps, running))
         assert (hang is not None) == (still > limits.hang_s)
         assert hang is None or "no step" in hang
+
+
+def test_a_long_step_is_no_hang_and_one_much_longer_is() -> None:
+    """The limit is the user's, or some times the longest step that the engine has ever made."""
+    watch = Watch(0.0, Limits(hang_s=2.0, tick_s=0.25))
+
+    def away(at_s: float, away_s: float, longest_s: float) -> Beat:
+        return Beat(int(at_s * 1e9), 1, 0, 10, 10, 7, away_s, longest_s)
+
+    steps = [n / 4 for n in range(1, 41)]
+    found = [watch.hang(at_s, int(at_s * 1e9), away(at_s, at_s, 2.0)) for at_s in steps]
+    assert found[:31] == [None] * 31 and "at one thing for 8 s" in str(found[-1])
+    watch = Watch(0.0, Limits(hang_s=2.0, tick_s=0.25))
+    found = [watch.hang(at_s, int(at_s * 1e9), away(at_s, at_s, 0.01)) for at_s in steps]
+    assert found[:7] == [None] * 7 and "at one thing for 2 s" in str(found[9])
+    assert patience_s(2.0, away(0.0, 0.0, 1e9)) == 120.0, "one pause of a host must not make it blind"
+    assert patience_s(2.0, None) == 2.0
 
 
 def test_an_engine_that_is_silent_for_too_long_hangs() -> None:
@@ -442,6 +459,40 @@ def test_an_engine_that_beats_and_does_not_step_is_replaced(socket_path: Path) -
         assert dict(supervisor.endings) == {"hang": 1}
 
     supervise(socket_path, act=act)
+
+
+def slow(step_s: float, longest_s: float) -> list[str]:
+    """An engine with steps of that length that knows it: the real service, and no model."""
+    script = str(Path(__file__).with_name("slow_engine.py"))
+    return [sys.executable, script, "--step-s", str(step_s), "--longest-s", str(longest_s)]
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_an_engine_with_long_steps_is_left_alone_and_one_that_hangs_is_not(socket_path: Path, hangs: bool) -> None:
+    """Both say nothing themselves for longer than a hang may last, and live; one comes back."""
+    said = Lines()
+    limits = replace(QUICK, hang_s=0.6)
+
+    async def main() -> Supervisor:
+        command = slow(0.01, 0.01) if hangs else slow(1.3, 1.3)
+        supervisor = Supervisor(command, socket_path, limits=limits, say=said.append)
+        supervisor.start()
+        try:
+            assert await supervisor.ready()
+            client = engine(supervisor)
+            if hangs:
+                with pytest.raises(EngineGone, match="main thread has been at one thing"):
+                    await answer(client, [STALL_ID], 3)
+                await until(lambda: supervisor.state == "ready" and supervisor.client is not client)
+            else:
+                assert await answer(client, [5], 2) == [5, 6]
+                assert client.last_beat is not None and client.last_beat.longest_s >= 1.3
+        finally:
+            await supervisor.stop()
+        return supervisor
+
+    supervisor = asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
+    assert dict(supervisor.endings) == ({"hang": 1} if hangs else {})
 
 
 def test_an_engine_that_only_seems_to_hang_can_say_goodbye(socket_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The clients of one engine process: accepting, greeting, reading, sending, parting. No torch.
 
-One thread at a time owns a hub: before ready the lobby's, then the engine's. Always holds: nothing here waits for a
+One thread at a time owns a hub: before ready the lobby's, then the engine's; another may only broadcast signs of life
+(``broadcast_beside``). Always holds: nothing here waits for a
 client. One that breaks the protocol, or reads nothing for long, loses its own connection, is told why, and disturbs
 nobody else. One that falls behind loses the requests with the most unread news, the largest first, and keeps the rest.
 """
@@ -11,6 +12,7 @@ import logging
 import os
 import select
 import signal
+import threading
 import time
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
@@ -52,6 +54,8 @@ class Hub:
         """Those sent away, who have not read why yet."""
         self._behind: set[Client] = set()
         self._accept_again_s: float | None = None
+        self._guard = threading.RLock()
+        """Held while anything is written to a connection, or one comes or goes."""
         self._bell, self._rope = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._signals = False
         self._epoll = select.epoll()
@@ -141,7 +145,8 @@ class Hub:
         if accepted is None:
             return
         client = Client(*accepted)
-        self._clients[client.connection.fileno()] = client
+        with self._guard:
+            self._clients[client.connection.fileno()] = client
         self._epoll.register(client.connection.fileno(), _READ)
         if len(self._clients) > MAX_CLIENTS:
             self.dismiss(client, f"this engine has {MAX_CLIENTS} clients already: close one of them")
@@ -177,7 +182,8 @@ class Hub:
         if not client.here:
             return
         try:
-            client.connection.send_frame(frame)
+            with self._guard:
+                client.connection.send_frame(frame)
         except ProtocolError as error:
             self.dismiss(client, str(error))
             return
@@ -191,7 +197,8 @@ class Hub:
         if not client.here:
             return
         try:
-            connection.send_owned(frames)
+            with self._guard:
+                connection.send_owned(frames)
         except ProtocolError as error:
             self.dismiss(client, str(error))
             return
@@ -200,7 +207,8 @@ class Hub:
         self._watch_for_room(client)
         while client.here and (owner := connection.behind) is not None:
             assert self.handler is not None
-            self.handler.behind(client, owner)
+            with self._guard:
+                self.handler.behind(client, owner)
 
     def _watch_for_room(self, client: Client) -> None:
         if not client.writing:
@@ -213,16 +221,29 @@ class Hub:
         for client in self.clients:
             self.send_frame(client, frame)
 
+    def broadcast_beside(self, record: Message) -> None:
+        """Sends a sign of life to all who have read what they were sent. From any thread, while the hub's own is busy
+        elsewhere; who cannot be reached is left to that."""
+        frame = encode(record)
+        with self._guard:
+            for client in self.clients:
+                connection = client.connection
+                if client.here and connection.unsent == 0:
+                    with suppress(ProtocolError):
+                        connection.send_frame(frame)
+                    if connection.unsent:
+                        self._watch_for_room(client)
+
     def _flush(self, client: Client) -> None:
         connection = client.connection
         try:
-            connection.flush()
+            with self._guard:
+                connection.flush()
+                if not connection.unsent:
+                    client.writing = False
+                    self._epoll.modify(connection.fileno(), _READ)
         except ProtocolError:
             self.drop(client)
-            return
-        if not connection.unsent:
-            client.writing = False
-            self._epoll.modify(connection.fileno(), _READ)
 
     # ---------------------------------------------------------------------------------------------------------- parting
 
@@ -249,7 +270,8 @@ class Hub:
     def _strike_off(self, client: Client) -> None:
         client.here = False
         client.records = None
-        del self._clients[client.connection.fileno()]
+        with self._guard:
+            del self._clients[client.connection.fileno()]
         self._behind.discard(client)
 
     def _part(self, client: Client, reason: str, patience_s: float) -> None:
