@@ -11,6 +11,7 @@ import typer
 from jitgraph import cli_options as options
 from jitgraph.cli_progress import progress_reporter
 from jitgraph.errors import ConfigError
+from jitgraph.lines import LineHandler, LineWriter
 from jitgraph.model.default import DEFAULT_MODEL
 
 
@@ -42,13 +43,18 @@ def engine(
     if spin_us is not None and not 0.0 <= spin_us <= 1e6:
         raise ConfigError(f"--spin-us must be between 0 and 1000000, not {spin_us}")
     config = shared.config(device)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    say = LineWriter()
+    logging.basicConfig(level=logging.WARNING, handlers=[LineHandler(say)])
     service = ServiceOptions(shared.max_queued, None if spin_us is None else spin_us / 1e6)
     worker = Worker(
         WorkerOptions(
             model, socket, shared.weights, shared.weights_seed, config, service, shared.shutdown_timeout, parent_pid
         ),
         progress_reporter,
-        lambda line: typer.echo(line, err=True),
+        say,
     )
-    raise typer.Exit(worker.run())
+    try:
+        code = worker.run()
+    finally:
+        say.flush(1.0)
+    raise typer.Exit(code)

@@ -23,6 +23,8 @@ from jitgraph.types import SamplingParams
 
 STALL_ID = 13
 """A prompt that begins with this id is accepted and never answered, and no step is made any more."""
+PART_ID = 15
+"""A prompt that begins with this id ends its client's connection, with a goodbye; the process lives on."""
 EXIT_ID = 14
 """A prompt that begins with this id ends the process."""
 
@@ -152,6 +154,10 @@ class FakeEngine:
             ids = m.unpack_ids(record.prompt)
             if ids[0] == EXIT_ID:
                 os._exit(9)
+            if ids[0] == PART_ID:
+                self.send(connection, m.Goodbye("the test wants it"))
+                self.drop(connection)
+                return
             params = m.unpack_params(record.params)
             one = Running(connection, record.request_id, sum(ids), params.max_tokens)
             one.stalled = ids[0] == STALL_ID

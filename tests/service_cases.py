@@ -310,11 +310,11 @@ class Served:
     ) -> None:
         self.path = path
         self.engine = engine
-        self.tidied = 0
+        self.tidied = self.tidied_young = 0
         unsent = {} if most_unsent is None else {"most_unsent": most_unsent}
         self.hub = Hub(Listener(path), **unsent)
         ready = Ready(facts, {"load": 1.0}, {"load": 2.0})
-        self.service = Service(engine, report, self.hub, ready, ServiceOptions(**options), self._tidy, grammars)
+        self.service = Service(engine, report, self.hub, ready, ServiceOptions(**options), self, grammars)
         self.result: str | None = "still running"
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
@@ -323,8 +323,11 @@ class Served:
     def _run(self) -> None:
         self.result = self.service.run()
 
-    def _tidy(self) -> None:
+    def collect(self) -> None:
         self.tidied += 1
+
+    def collect_young(self) -> None:
+        self.tidied_young += 1
 
     def talk(self, ready: bool = True) -> Talk:
         """A client; one that has heard that the engine is ready."""
@@ -368,6 +371,14 @@ def serving(
     assert not served.path.exists(), "the socket's file is left"
     if isinstance(engine, Counting):
         assert engine.pages == 2 and not engine.running and not engine.waiting, "a request is left"
+
+
+def wait_for(condition: Any, what: str) -> None:
+    """Waits for something that another thread does."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(1e-3)
 
 
 def small_buffers(talk: Talk) -> None:

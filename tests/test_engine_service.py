@@ -30,9 +30,11 @@ from service_cases import (
     serving,
     small_buffers,
     submission,
+    wait_for,
 )
 
 from jitgraph.engine import service_hub
+from jitgraph.engine.service_client import Client
 from jitgraph.engine.service_figures import Figures
 from jitgraph.engine.service_practice import EVERY_S
 from jitgraph.engine.service_requests import Limits, Requests
@@ -62,14 +64,6 @@ from jitgraph.types import FinishReason, SamplingParams, TokenChunk, TokenLogpro
 def served(tmp_path: Path) -> Iterator[Served]:
     with serving(tmp_path) as served:
         yield served
-
-
-def wait_for(condition: Any, what: str) -> None:
-    """Waits for something that another thread does."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(1e-3)
 
 
 def gated(**options: Any) -> Counting:
@@ -384,9 +378,9 @@ def test_a_grammar_that_takes_too_long_is_not_waited_for(tmp_path: Path) -> None
 def test_exactly_those_whose_time_is_over_end(requests: list[tuple[int, bool]], now: int) -> None:
     """(Seconds given, whether it has ended by itself); all of them come at second 0."""
     engine = Counting()
-    client = SimpleNamespace(requests={}, name="")
+    client: Any = Client(mock.Mock(), 1)
     sent: list[Any] = []
-    hub = SimpleNamespace(send=lambda _, record: sent.append(record))
+    hub: Any = SimpleNamespace(send=lambda _, record: sent.append(record), most_unsent=100)
     books = Requests(engine, hub, Limits(2, 100, None), Figures(), lambda error: None)
     with mock.patch("jitgraph.engine.service_requests.time.monotonic", lambda: 0.0):
         for number, (seconds, _) in enumerate(requests):

@@ -138,7 +138,7 @@ def test_a_slow_reader_does_not_hold_up_the_start(loading: Loading) -> None:
     slow = Talk(loading.path)
     small_buffers(slow)
     slow.until(Welcome)
-    loading.hub._most_unsent = 1000
+    loading.hub.most_unsent = 1000
     loading.lobby.progress("load", 0, 10**6)
     for done in range(2000):
         loading.lobby.progress("load", done, 10**6)

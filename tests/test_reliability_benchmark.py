@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
+import httpx
 import ipc
 import pytest
-from reliability_parts import command, record
+from reliability_parts import command, record, soak
 from reliability_parts import lab as module
+from reliability_parts.answers import Known
 from reliability_parts.frames import broken_stream
 from reliability_parts.lab import Lab
-from reliability_parts.soak import Findings, growth_mib, p99_drift
+from reliability_parts.soak import Findings, Soak, growth_mib, p99_drift
 
 from jitgraph.errors import OutputError
+from jitgraph.types import SamplingParams
 
 ROOT = Path(__file__).resolve().parents[1]
 GOOD = {floor.figure: floor.limit for floor in record.FLOORS}
@@ -93,6 +99,28 @@ def test_only_what_a_kill_touches_is_explained_by_it() -> None:
     assert found.in_trouble(60.0, 61.0)
 
 
+def test_a_probe_with_a_wrong_answer_is_found() -> None:
+    """The smallest answers of the soak are compared like all others."""
+    probe = Known([5], SamplingParams(max_tokens=2), "right", "length")
+    lab = SimpleNamespace(minutes=0.001, model="m", probe=lambda: probe)
+    texts = iter(["right", "wrong"])
+
+    def answer(_: httpx.Request) -> httpx.Response:
+        event = {"choices": [{"text": next(texts, "wrong"), "finish_reason": "length"}]}
+        return httpx.Response(200, text=f"data: {json.dumps(event)}\n\ndata: [DONE]\n\n")
+
+    async def main() -> Findings:
+        transport = httpx.MockTransport(answer)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            run = Soak(cast(Any, lab), cast(Any, SimpleNamespace(url=lambda: "http://x")), client)
+            run.seconds = 2.2 * soak.PROBE_S
+            await run._probe_on()
+            return run.found
+
+    found = asyncio.run(main())
+    assert found.right == 1 and found.wrong and set(found.wrong) == {"'wrong'"} and not found.unexplained
+
+
 def test_no_broken_stream_asks_the_engine_to_end() -> None:
     rng = random.Random(0)
     streams = [broken_stream(rng) for _ in range(500)]
@@ -103,12 +131,15 @@ def test_no_broken_stream_asks_the_engine_to_end() -> None:
 def test_the_cost_of_a_process_comes_from_its_own_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     samples = {"here_ttft": [1000.0] * 3, "apart_ttft": [1080.0] * 3, "here_itl": [5.0], "apart_itl": [7.5]}
     engines = {"emulated": False, "conditions": {"model": "m"}, "samples": samples}
+    where = {"device": "cuda:0", "device_name": "a GPU"}
     given, path = tmp_path / "ipc.json", tmp_path / "reliability.json"
-    given.write_text(json.dumps({"environment": {"device_name": "a GPU"}, "channel": {}, "engines": engines}))
+    given.write_text(json.dumps({"environment": where, "channel": {}, "engines": engines}))
     assert command.main(["--parts", "ipc", "--ipc-record", str(given), "--output", str(path)]) == 0
     document = json.loads(path.read_text())
     assert document["figures"] == {"ipc_ttft_us_p50": 80.0, "ipc_ttft_us_p99": 80.0, "ipc_token_us_p50": 2.5}
-    assert document["parts"]["ipc"]["measured_on"] == "a GPU" and document["parts"]["ipc"]["samples"]["apart_ttft"] == 3
+    part = document["parts"]["ipc"]
+    assert (part["measured_on"], part["device"], part["model"]) == ("a GPU", "cuda:0", "m"), "the record's, not ours"
+    assert part["samples"]["apart_ttft"] == 3
     given.write_text("{}")
     assert command.main(["--parts", "ipc", "--ipc-record", str(given), "--output", str(path)]) == 1
     assert "is no raw record of benchmarks/ipc.py" in capsys.readouterr().err

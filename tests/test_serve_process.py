@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import fcntl
 import gc
 import json
 import os
@@ -66,12 +67,17 @@ class Server:
         )
         self.pid = self.process.pid
         self.lines: list[str] = []
+        self.deaf = False
+        """Whether nothing more that it prints is read."""
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
         assert self.process.stderr is not None
-        self.lines += iter(self.process.stderr.readline, "")  # grows as it is read
+        for line in iter(self.process.stderr.readline, ""):
+            self.lines.append(line)
+            if self.deaf:
+                return
 
     @property
     def text(self) -> str:
@@ -122,6 +128,27 @@ def start() -> Iterator[Callable[..., Server]]:
         for server in servers:
             server.process.kill()
             server.process.wait()
+
+
+def test_nobody_needs_to_read_what_it_prints(start: Callable[..., Server]) -> None:
+    """A pipe that is full blocks whoever writes: that must be nobody whom requests, engines or signals wait for."""
+    server = start()
+    url = server.url()
+    server.deaf = True
+    assert server.process.stderr is not None
+    fcntl.fcntl(server.process.stderr.fileno(), fcntl.F_SETPIPE_SZ, 4096)
+    client = httpx.Client(base_url=url, timeout=PATIENCE_S)
+    for _ in range(150):
+        assert client.get("/v1/models").status_code == 200
+    (engine,) = server.engine_pids
+    os.kill(engine, signal.SIGKILL)
+    eventually(lambda: not is_there(engine))
+    eventually(lambda: client.get("/health").status_code == 503 or client.get("/ready").status_code == 200)
+    eventually(lambda: client.get("/ready").status_code == 200)
+    body = {"model": "fake", "prompt": [3], "max_tokens": 2}
+    assert client.post("/v1/completions", json=body).status_code == 200
+    server.process.send_signal(signal.SIGTERM)
+    assert server.ended() == 0
 
 
 class Stream:

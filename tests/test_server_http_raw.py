@@ -31,7 +31,7 @@ from starlette.routing import Route
 
 from jitgraph import __version__
 from jitgraph.errors import ConfigError
-from jitgraph.ipc.messages import PROTOCOL
+from jitgraph.ipc.messages import PROTOCOL, Beat
 from jitgraph.server.auth import Keys
 from jitgraph.server.openapi import description
 from jitgraph.server.settings import ServerSettings
@@ -321,6 +321,21 @@ def test_an_engine_that_hangs_or_died_fails_health() -> None:
     assert ask(plain, "/health").status == 200
     plain.engine.gone = "the engine process has closed the connection"
     assert ask(plain, "/health").status == 503 and ask(plain, "/ready").status == 503
+
+
+def test_a_long_step_is_no_illness_unless_it_is_much_too_long() -> None:
+    plain = make_site(silence_s=0.2)
+    for away_s, longest_s, status in ((0.1, 0.0, 200), (0.3, 0.0, 503), (0.3, 0.1, 200), (0.5, 0.1, 503)):
+        plain.engine.last_beat = Beat(1, 1, 0, 9, 9, 7, away_s, longest_s)
+        assert [ask(plain, path).status for path in ("/health", "/ready")] == [status, status]
+
+
+def test_an_engine_that_was_told_to_end_is_healthy_and_not_ready() -> None:
+    plain = make_site()
+    plain.engine.last_beat = Beat(1, 1, 0, 9, 9, 7, draining=True)
+    assert ask(plain, "/health").status == 200
+    ready = ask(plain, "/ready")
+    assert ready.status == 503 and "is ending" in ready.error["message"] and ready.headers["retry-after"] == "7"
 
 
 def test_a_checkpoint_whose_tokenizer_cannot_be_used() -> None:

@@ -128,6 +128,7 @@ def test_state_of_an_engine() -> None:
     engine = Counted()
     engine.last_beat = Beat(5, 1, 2, 30, 40, 50)
     beat = {"now_ns": 5, "running": 1, "waiting": 2, "free_pages": 30, "total_pages": 40, "steps": 50}
+    beat |= {"away_s": 0.0, "longest_s": 0.0, "draining": False}
     assert state(site(engine)) == {
         "state": "ready",
         "model": MODEL,

@@ -29,13 +29,13 @@ from jitgraph.server.routing import CLEARLY_BUSIER, KEY_TOKENS, LEAST_TOKENS, Ca
 from jitgraph.server.runtime_folder import RuntimeFolder, remove_stale
 from jitgraph.server.spawn import EngineProcess, spawn_engine, threads_for
 from jitgraph.server.supervisor import Supervisor
-from jitgraph.server.supervisor_policy import Limits, Pulse, RestartBudget, Watch, exit_of, retry_after_s
+from jitgraph.server.supervisor_policy import Limits, Pulse, RestartBudget, Watch, exit_of, patience_s, retry_after_s
 from jitgraph.server.supervisor_pool import EnginePool
 from jitgraph.server.supervisor_report import HANDOVER, Progress, StartReport
 from jitgraph.types import SamplingParams
 
 FAKE = str(Path(__file__).with_name("fake_engine.py"))
-STALL_ID, EXIT_ID = 13, 14
+STALL_ID, EXIT_ID, PART_ID = 13, 14, 15
 QUICK = Limits(hang_s=1.0, start_silence_s=20.0, grace_s=0.5, restarts=3, window_s=600.0, tick_s=0.05)
 PATIENCE_S = 60.0
 """Everything here takes a second or so; a loaded machine may take longer."""
@@ -186,6 +186,23 @@ def test_a_busy_engine_may_stand_still_for_the_limit_and_an_idle_one_for_ever(li
         hang = watch.hang(now, int(now * 1e9), beat(now, steps, running))
         assert (hang is not None) == (still > limits.hang_s)
         assert hang is None or "no step" in hang
+
+
+def test_a_long_step_is_no_hang_and_one_much_longer_is() -> None:
+    """The limit is the user's, or some times the longest step that the engine has ever made."""
+    watch = Watch(0.0, Limits(hang_s=2.0, tick_s=0.25))
+
+    def away(at_s: float, away_s: float, longest_s: float) -> Beat:
+        return Beat(int(at_s * 1e9), 1, 0, 10, 10, 7, away_s, longest_s)
+
+    steps = [n / 4 for n in range(1, 41)]
+    found = [watch.hang(at_s, int(at_s * 1e9), away(at_s, at_s, 2.0)) for at_s in steps]
+    assert found[:31] == [None] * 31 and "at one thing for 8 s" in str(found[-1])
+    watch = Watch(0.0, Limits(hang_s=2.0, tick_s=0.25))
+    found = [watch.hang(at_s, int(at_s * 1e9), away(at_s, at_s, 0.01)) for at_s in steps]
+    assert found[:7] == [None] * 7 and "at one thing for 2 s" in str(found[9])
+    assert patience_s(2.0, away(0.0, 0.0, 1e9)) == 120.0, "one pause of a host must not make it blind"
+    assert patience_s(2.0, None) == 2.0
 
 
 def test_an_engine_that_is_silent_for_too_long_hangs() -> None:
@@ -444,6 +461,40 @@ def test_an_engine_that_beats_and_does_not_step_is_replaced(socket_path: Path) -
     supervise(socket_path, act=act)
 
 
+def slow(step_s: float, longest_s: float) -> list[str]:
+    """An engine with steps of that length that knows it: the real service, and no model."""
+    script = str(Path(__file__).with_name("slow_engine.py"))
+    return [sys.executable, script, "--step-s", str(step_s), "--longest-s", str(longest_s)]
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_an_engine_with_long_steps_is_left_alone_and_one_that_hangs_is_not(socket_path: Path, hangs: bool) -> None:
+    """Both say nothing themselves for longer than a hang may last, and live; one comes back."""
+    said = Lines()
+    limits = replace(QUICK, hang_s=0.6)
+
+    async def main() -> Supervisor:
+        command = slow(0.01, 0.01) if hangs else slow(1.3, 1.3)
+        supervisor = Supervisor(command, socket_path, limits=limits, say=said.append)
+        supervisor.start()
+        try:
+            assert await supervisor.ready()
+            client = engine(supervisor)
+            if hangs:
+                with pytest.raises(EngineGone, match="main thread has been at one thing"):
+                    await answer(client, [STALL_ID], 3)
+                await until(lambda: supervisor.state == "ready" and supervisor.client is not client)
+            else:
+                assert await answer(client, [5], 2) == [5, 6]
+                assert client.last_beat is not None and client.last_beat.longest_s >= 1.3
+        finally:
+            await supervisor.stop()
+        return supervisor
+
+    supervisor = asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
+    assert dict(supervisor.endings) == ({"hang": 1} if hangs else {})
+
+
 def test_an_engine_that_only_seems_to_hang_can_say_goodbye(socket_path: Path) -> None:
     """One whose step takes too long is ended all the same; whoever else talks to it hears why, not a reset."""
     lines = Lines()
@@ -459,6 +510,46 @@ def test_an_engine_that_only_seems_to_hang_can_say_goodbye(socket_path: Path) ->
 
     patient = replace(QUICK, grace_s=PATIENCE_S)  # on a loaded machine a goodbye takes its time
     supervise(socket_path, act=act, lines=lines, limits=patient)
+
+
+def test_an_engine_that_lives_is_connected_again(socket_path: Path) -> None:
+    """A connection that ended is no engine that ended: what it knows and holds is kept."""
+    lines = Lines()
+
+    async def act(supervisor: Supervisor) -> None:
+        await supervisor.ready()
+        first, pid = engine(supervisor), supervisor.pid
+        running = asyncio.create_task(answer(first, [1], 100_000))
+        await asyncio.sleep(0.05)
+        with pytest.raises(EngineGone, match="the test wants it"):
+            await answer(first, [PART_ID], 5)
+        with pytest.raises(EngineGone, match="the test wants it"):
+            await running
+        await until(lambda: supervisor.state == "ready" and supervisor.client is not first)
+        assert supervisor.pid == pid and supervisor.restarts == 0
+        assert await answer(engine(supervisor), [5], 3) == [6, 7, 8]
+        assert "engine: has lost the connection: the test wants it; it lives, and is connected again" in lines
+
+    supervise(socket_path, act=act, lines=lines)
+
+
+def test_an_engine_that_cannot_be_kept_connected_is_replaced(socket_path: Path) -> None:
+    lines = Lines()
+
+    async def act(supervisor: Supervisor) -> None:
+        await supervisor.ready()
+        pid = supervisor.pid
+        for _ in range(QUICK.restarts + 1):
+            client = engine(supervisor)
+            with pytest.raises(EngineGone, match="the test wants it"):
+                await answer(client, [PART_ID], 5)
+            await until(lambda client=client: supervisor.state == "ready" and supervisor.client is not client)
+        assert supervisor.pid != pid
+        assert dict(supervisor.endings) == {"lost": 1}
+        assert await answer(engine(supervisor), [5], 3) == [6, 7, 8]
+        assert "engine: has lost the connection: the test wants it" in lines
+
+    supervise(socket_path, act=act, lines=lines)
 
 
 def test_a_quiet_engine_is_left_alone(socket_path: Path) -> None:
@@ -541,6 +632,31 @@ def test_a_drain_does_not_wait_for_ever(socket_path: Path) -> None:
         assert supervisor.state == "stopped"
 
     supervise(socket_path, act=act)
+
+
+def test_a_drain_of_an_engine_that_hears_nothing_has_one_deadline(socket_path: Path) -> None:
+    """SIGSTOP: neither its goodbye nor its end comes, and each must not be waited for in full."""
+
+    async def act(supervisor: Supervisor) -> None:
+        await supervisor.ready()
+        assert supervisor.pid is not None
+        os.kill(supervisor.pid, signal.SIGSTOP)
+        timeouts: list[float] = []
+        wait_for = asyncio.wait_for
+
+        async def noted(what: Awaitable[None], timeout: float) -> None:
+            timeouts.append(timeout)
+            await wait_for(what, timeout)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("jitgraph.server.supervisor.asyncio.wait_for", noted)
+            await supervisor.drain(1.0)
+        assert supervisor.state == "stopped"
+        assert timeouts[0] == pytest.approx(1.0 + limits.grace_s, abs=0.1), "for the goodbye"
+        assert timeouts[2] < 0.1, "and nothing is left of it for the end (between them: the client's own)"
+
+    limits = replace(QUICK, hang_s=PATIENCE_S)
+    supervise(socket_path, act=act, limits=limits)
 
 
 @pytest.mark.parametrize("when", ["starting", "stubborn", "draining"])

@@ -13,6 +13,8 @@ from jitgraph.types import SamplingParams
 from reliability_parts.served import as_json
 
 CONTEXT_TOKENS = 2048
+PROBE_IDS = range(5, 25)
+"""Prompt of the small request that is asked again and again."""
 _WORDS = ("the", " river", " 42", "é", " 漢字", "🙂", " over", "\n", " graph", " and", " token")
 
 
@@ -33,15 +35,20 @@ class Known:
         return body if params.seed is None else {**body, "seed": params.seed}
 
 
-def known_answers(model: str, weights: str, device: str, count: int, seed: int = 0) -> list[Known]:
-    """That many requests of many lengths, greedy and seeded ones, with ``LLM``'s answers."""
+def known_answers(model: str, weights: str, device: str, count: int, seed: int = 0) -> tuple[Known, list[Known]]:
+    """The probe, and that many requests of many lengths, greedy and seeded ones, with ``LLM``'s answers."""
     from jitgraph import LLM
 
     rng = random.Random(seed)
     settings = {"device": device, "batch_invariant": True, "max_streams": 1, "max_model_len": CONTEXT_TOKENS}
     llm = LLM(model, weights=weights, **settings)
     vocabulary = llm.spec.vocab_size
-    found = []
+
+    def known(prompt: str | list[int], params: SamplingParams) -> Known:
+        output = llm.generate([prompt], params)[0]
+        return Known(prompt, params, output.text, output.finish_reason.value)
+
+    found, probe = [], known(list(PROBE_IDS), SamplingParams(max_tokens=2))
     for number in range(count):
         length = rng.choice((1, 3, 8, 20, 20, 60, 150, 400))
         prompt: str | list[int] = [rng.randrange(3, vocabulary) for _ in range(length)]
@@ -51,10 +58,9 @@ def known_answers(model: str, weights: str, device: str, count: int, seed: int =
         params = SamplingParams(max_tokens=tokens)
         if number % 2:
             params = SamplingParams(max_tokens=tokens, temperature=0.8, top_p=0.9, seed=rng.randrange(2**31))
-        output = llm.generate([prompt], params)[0]
-        found.append(Known(prompt, params, output.text, output.finish_reason.value))
+        found.append(known(prompt, params))
     llm.close()
-    return found
+    return probe, found
 
 
 @dataclass

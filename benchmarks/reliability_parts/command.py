@@ -112,7 +112,7 @@ def _run(path: Path, parts: list[str], options: argparse.Namespace) -> list[str]
             continue
         seconds = time.monotonic() - begun
         about = {"seconds": round(seconds, 1), "model": lab.model, "device": lab.device, "quick": quick}
-        record.add(path, part, found.figures, {**found.about, **about})
+        record.add(path, part, found.figures, {**about, **found.about})
         shown = ", ".join(f"{name} {value:g}" for name, value in found.figures.items())
         _say(f"{part}: {shown} ({seconds:.0f} s)")
     if failed:

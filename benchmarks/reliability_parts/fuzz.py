@@ -18,7 +18,7 @@ import httpx
 from jitgraph.ipc.frames import encode
 from jitgraph.ipc.messages import PROTOCOL, Hello
 from jitgraph.server.client import EngineClient
-from reliability_parts.answers import ask
+from reliability_parts.answers import CONTEXT_TOKENS, ask
 from reliability_parts.cancels import pages_missing
 from reliability_parts.frames import broken_stream, fuzz_frames
 from reliability_parts.lab import Lab, Part
@@ -28,6 +28,8 @@ CHUNK = 20_000
 LIVE_SHARE = 100
 """One in so many frames goes to a live engine."""
 HTTP_REQUESTS = 2000
+SIZED_SHARE = 0.05
+"""That part of the requests is of unusual size."""
 _FIELDS = (
     "model", "prompt", "max_tokens", "temperature", "top_p", "top_k", "min_p", "n", "stream", "stop", "seed", "echo",
     "logprobs", "logit_bias", "presence_penalty", "frequency_penalty", "stream_options", "ignore_eos", "min_tokens",
@@ -114,6 +116,8 @@ def _broken_body(rng: random.Random, model: str) -> bytes:
     for _ in range(rng.choice((1, 1, 2, 3))):
         name = rng.choice((*_FIELDS, "messages", "tokens", "tools", "tool_choice"))
         body[name] = loose_value(rng)
+    if rng.random() < SIZED_SHARE:
+        body |= _sized(rng)
     try:
         text = json.dumps(body, default=repr).encode("utf-8", "replace")
     except ValueError:
@@ -122,3 +126,12 @@ def _broken_body(rng: random.Random, model: str) -> bytes:
         at = rng.randrange(len(text))
         text = text[:at] + rng.randbytes(rng.randrange(4)) + text[at + rng.randrange(3) :]
     return text
+
+
+def _sized(rng: random.Random) -> dict[str, Any]:
+    """Much of what may be much: a long text or prompt, many prompts, log-probabilities of all their tokens."""
+    ids = [5] * rng.choice((100, CONTEXT_TOKENS - 1, CONTEXT_TOKENS, 50_000))
+    many = [[5] * rng.randrange(1, 300) for _ in range(rng.choice((2, 32, 33)))]
+    prompt = rng.choice(("a b " * rng.choice((1000, 100_000)), ids, many))
+    scores = {"echo": True, "logprobs": rng.randrange(21)} if rng.random() < 0.5 else {}
+    return {"prompt": prompt, "max_tokens": 1, **scores}

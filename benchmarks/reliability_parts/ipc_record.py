@@ -14,7 +14,7 @@ from reliability_parts.lab import Lab, Part
 
 
 def ipc(lab: Lab) -> Part:
-    """The figures of the record, from its raw samples.
+    """The figures of the record, from its raw samples, with its own device and model.
 
     Raises:
         ConfigError: there is no such record.
@@ -25,10 +25,12 @@ def ipc(lab: Lab) -> Part:
         found = figures(raw)
         part = raw[found["figures_from"]]
         counts = {name: len(values) for name, values in part["samples"].items()}
+        where = {"device": raw["environment"]["device"], "measured_on": raw["environment"]["device_name"]}
+        where["model"] = part["conditions"]["model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} is no raw record of benchmarks/ipc.py: run it with --output FOLDER and give "
             f"--ipc-record FOLDER/raw/ipc.json ({error})"
         ) from None
-    about = {"measured_on": raw["environment"]["device_name"], "figures_from": found["figures_from"], "samples": counts}
-    return Part(found["figures"], {**about, "conditions": part["conditions"]})
+    about = {"figures_from": found["figures_from"], "samples": counts, "conditions": part["conditions"]}
+    return Part(found["figures"], {**where, **about})

@@ -53,16 +53,23 @@ class Lab:
         self.cancels = cancels
         self.quick = quick
         self.ipc_record = ipc_record
-        self._answers: list[Known] | None = None
+        self._known: tuple[Known, list[Known]] | None = None
 
     def answers(self) -> list[Known]:
         """Requests with known answers, worked out at the first call."""
-        if self._answers is None:
+        return self._all_known()[1]
+
+    def probe(self) -> Known:
+        """A small greedy request with a known answer, to be asked again and again."""
+        return self._all_known()[0]
+
+    def _all_known(self) -> tuple[Known, list[Known]]:
+        if self._known is None:
             count = 12 if self.quick else KNOWN
             self.say(f"  {count} answers of LLM({self.model!r}) to compare with")
-            self._answers = known_answers(self.model, self.weights, self.device, count)
+            self._known = known_answers(self.model, self.weights, self.device, count)
             gc.collect()  # the engine's parts know each other
-        return self._answers
+        return self._known
 
     def gpu_used_mib(self) -> float | None:
         """Memory in use on the GPU, whoever uses it, but for what this process could give back; None on the CPU."""

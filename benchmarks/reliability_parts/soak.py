@@ -121,7 +121,8 @@ class Soak:
 
     async def _probe_on(self) -> None:
         """The same small request again and again, for its time to the first token."""
-        body = {"model": self.lab.model, "prompt": list(range(5, 25)), "max_tokens": 2, "stream": True}
+        probe = self.lab.probe()
+        body = probe.body(self.lab.model, True)
         while self.left_s > 0:
             begun_s = time.monotonic()
             try:
@@ -129,7 +130,7 @@ class Soak:
             except httpx.HTTPError as error:
                 self._judge(repr(error), begun_s, False)
                 continue
-            self._judge(outcome, begun_s, True)
+            self._judge(outcome, begun_s, outcome.right(probe))
             if outcome.ttft_s is not None and not self.found.in_trouble(begun_s, time.monotonic()):
                 self.found.probes.append((begun_s, outcome.ttft_s))
             await asyncio.sleep(PROBE_S)

@@ -10,15 +10,20 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import msgspec
+
+from jitgraph.engine.service_client import Client
 from jitgraph.engine.service_figures import Figures
-from jitgraph.engine.service_hub import Client, Hub
+from jitgraph.engine.service_hub import Hub
+from jitgraph.engine.service_live import Live
 from jitgraph.engine.service_practice import Practice
 from jitgraph.engine.service_reader import RequestReader
 from jitgraph.engine.service_requests import Grammars, Limits, RequestEngine, Requests
+from jitgraph.engine.service_vigil import Vigil
 from jitgraph.errors import CompileError, DeviceError
 from jitgraph.ipc.frames import ProtocolError
 from jitgraph.ipc.messages import (
@@ -40,6 +45,10 @@ QUIET_S = 2e-3
 """How long it must have been quiet before graphs are captured: the next request often comes at once."""
 TIDY_S = 0.1
 """How long it must have been quiet before garbage is collected."""
+YOUNG_EVERY_S = 10.0
+"""Where it is never quiet: time between two collections of what is young."""
+YOUNG_SHARE = 2000
+"""They take at most one part in so many of the time."""
 IDLE_AGAIN_S = 5.0
 """Idle work that failed is tried again after so long."""
 MOST_FAILURES = 3
@@ -99,6 +108,14 @@ class ServedEngine(RequestEngine, Protocol):
     def work_while_idle(self) -> bool: ...
 
 
+class Collector(Protocol):
+    """Who collects garbage; ``worker.IdleCollector`` does."""
+
+    def collect(self) -> None: ...
+
+    def collect_young(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class ServiceOptions:
     """How a service behaves."""
@@ -108,6 +125,8 @@ class ServiceOptions:
     spin_s: float | None = None
     """For how long after the last request the thread polls without sleeping: a quicker answer for a busy core. None
     leaves it to the device and the number of cores."""
+    longest_s: float = 0.0
+    """The longest step before ready, in seconds: what ``Beat.longest_s`` begins with."""
 
 
 class Service:
@@ -120,11 +139,11 @@ class Service:
         hub: Hub,
         ready: Ready,
         options: ServiceOptions | None = None,
-        tidy: Callable[[], None] | None = None,
+        collector: Collector | None = None,
         grammars: Grammars | None = None,
     ) -> None:
-        """``tidy`` is called when it has been quiet for a while after requests. ``grammars``: see ``Requests``. The hub
-        is this thread's from now on."""
+        """``collector`` is asked when it has been quiet for a while after requests. ``grammars``: see ``Requests``. The
+        hub is this thread's from now on."""
         options = options or ServiceOptions()
         facts = ready.facts
         self.figures = Figures()
@@ -133,7 +152,8 @@ class Service:
         self._hub = hub
         self._ready = ready
         self._spin_s = polling_s(options.spin_s, facts.device, BETWEEN_REQUESTS_S)
-        self._tidy = tidy
+        self._collector = collector
+        self._young_at_s = math.inf if collector is None else time.monotonic() + YOUNG_EVERY_S
         limits = Limits(facts.max_streams, options.max_queued, facts.max_model_len)
         self._requests = Requests(engine, hub, limits, self.figures, self._failed, grammars)
         self._practice = Practice(RequestReader(facts.max_model_len), engine.rehearse)
@@ -142,6 +162,10 @@ class Service:
         self._failure: Exception | None = None
         self._failures_in_a_row = 0
         self._beat_at_s = self._idle_again_s = 0.0
+        self._longest_s = options.longest_s
+        self._last_beat: Beat | None = None
+        self._here_s = time.monotonic()
+        """When the loop was last at its beginning."""
         self._active_s = time.monotonic()
         self._untidy = False
         hub.handler = self
@@ -151,20 +175,26 @@ class Service:
     def run(self) -> str | None:
         """Serves until the end, and says goodbye to all; returns why the engine failed, None where it was told to
         end."""
+        vigil = self._vigil = Vigil(self._beat_beside)
         self._hub.broadcast(self._ready)
+        self._here_s = time.monotonic()
         while not self._over():
             if self._engine.busy:
                 self._hub.look(0.0)
                 self._step()
             else:
                 self._idle()
-            if self._requests.compiling:
-                self._requests.look_at_grammars()
+            if self._requests.held_up:
+                self._requests.look_at_held_up()
             now_s = time.monotonic()
+            if (away_s := now_s - self._here_s) > self._longest_s:
+                self._longest_s = away_s
+            self._here_s = now_s
             if now_s >= self._requests.next_deadline_s:
                 self._requests.expire(now_s)
             if now_s >= self._beat_at_s:
                 self._beat()
+        vigil.close()
         if self._fatal is None:
             self._requests.end_all("draining", "the engine process ended before this request was done")
         self._hub.close(self._fatal or "the engine process has ended as it was told to")
@@ -182,6 +212,7 @@ class Service:
         self._requests.closed_because = "the engine process is ending: try again later"
         end_at_s = time.monotonic() + timeout_s
         self._end_at_s = end_at_s if self._end_at_s is None else min(end_at_s, self._end_at_s)
+        self._beat_at_s = 0.0  # clients hear of it at once
         self._hub.wake()
 
     @property
@@ -192,6 +223,9 @@ class Service:
     def _step(self) -> None:
         engine, requests = self._engine, self._requests
         try:
+            if self._here_s >= self._young_at_s:
+                engine.launch()
+                self._collect_young()
             if requests.unlaunched:
                 engine.launch()
                 requests.note_launched(self._report.begun())
@@ -207,6 +241,15 @@ class Service:
             self._active_s, self._untidy = time.monotonic(), True
             if failure is None:
                 self._failures_in_a_row = 0
+
+    def _collect_young(self) -> None:
+        """It has not been quiet for long, and garbage must not pile up: a little of it now, while the GPU is at work on
+        what has been launched and the last token is out."""
+        assert self._collector is not None
+        begun_s = time.monotonic()
+        self._collector.collect_young()
+        took_s = time.monotonic() - begun_s
+        self._young_at_s = begun_s + max(YOUNG_EVERY_S, YOUNG_SHARE * took_s)
 
     def _failed(self, error: Exception, idle: bool = False) -> None:
         """The engine raised something. Mostly it has ended all requests and can go on; the next step tells which."""
@@ -231,15 +274,16 @@ class Service:
                     self._idle_piece()
                 return
             wait_s = min(wait_s, QUIET_S - quiet_s)
-        elif self._untidy and self._tidy is not None:
+        elif self._untidy and self._collector is not None:
             if quiet_s >= TIDY_S:
                 self._untidy = False
-                self._tidy()
+                self._collector.collect()
+                self._young_at_s = time.monotonic() + YOUNG_EVERY_S
                 return
             wait_s = min(wait_s, TIDY_S - quiet_s)
         if self._end_at_s is not None:
             wait_s = min(wait_s, self._end_at_s - now)
-        if self._requests:  # it waits for its grammar
+        if self._requests:  # it waits for its grammar, or for room
             wait_s = min(wait_s, self._requests.next_deadline_s - now)
         if quiet_s < self._spin_s:
             self._practice.now_and_then(now)
@@ -255,12 +299,24 @@ class Service:
 
     def _beat(self) -> None:
         self._beat_at_s = time.monotonic() + _BEAT_EVERY_S
-        self._hub.broadcast(self._pulse())
+        self._vigil.put_off()
+        self._last_beat = self._pulse()
+        self._hub.broadcast(self._last_beat)
         self._hub.tick()
 
     def _pulse(self) -> Beat:
         load = self._report.load()
-        return Beat(time.perf_counter_ns(), load.running, load.waiting, load.free_pages, load.total_pages, load.steps)
+        now_ns, longest_s, draining = time.perf_counter_ns(), self._longest_s, self.draining
+        pages = (load.free_pages, load.total_pages)
+        return Beat(now_ns, load.running, load.waiting, *pages, load.steps, 0.0, longest_s, draining)
+
+    def _beat_beside(self) -> None:
+        """The loop is at one thing for long: says so in its place. The vigil's thread."""
+        last = self._last_beat
+        if last is not None:
+            away_s = time.monotonic() - self._here_s
+            now_ns = time.perf_counter_ns()
+            self._hub.broadcast_beside(msgspec.structs.replace(last, now_ns=now_ns, away_s=away_s))
 
     # ---------------------------------------------------------------------------------------------------------- clients
 
@@ -297,6 +353,11 @@ class Service:
         makes nothing of a beat."""
         self._practice.answer()
         self._hub.send(client, self._pulse())
+
+    def behind(self, client: Client, owner: Hashable) -> None:
+        """A client leaves too much unread, most of it of one request's."""
+        assert isinstance(owner, Live)
+        self._requests.behind(owner)
 
     def left(self, client: Client) -> None:
         """A client is gone, and its requests with it."""

@@ -1,8 +1,9 @@
 """The clients of one engine process: accepting, greeting, reading, sending, parting. No torch.
 
-One thread at a time owns a hub: before ready the lobby's, then the engine's. Always holds: nothing here waits for a
-client. One that breaks the protocol, or leaves too much unread, loses its own connection, is told why, and disturbs
-nobody else.
+One thread at a time owns a hub: before ready the lobby's, then the engine's; another may only broadcast signs of life
+(``broadcast_beside``). Always holds: nothing here waits for a
+client. One that breaks the protocol, or reads nothing for long, loses its own connection, is told why, and disturbs
+nobody else. One that falls behind loses the requests with the most unread news, the largest first, and keeps the rest.
 """
 
 from __future__ import annotations
@@ -11,20 +12,23 @@ import logging
 import os
 import select
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Sequence
 from contextlib import suppress
-from typing import Protocol
 
+from jitgraph.engine.service_client import Client, Handler
 from jitgraph.ipc.frames import ProtocolError, encode
 from jitgraph.ipc.listener import Listener
-from jitgraph.ipc.messages import PROTOCOL, EngineFacts, FromClient, Goodbye, Hello, Message, Welcome
-from jitgraph.ipc.sockets import MAX_UNSENT_BYTES, Connection
+from jitgraph.ipc.messages import PROTOCOL, FromClient, Goodbye, Hello, Message, Welcome
+from jitgraph.ipc.sockets import MAX_UNSENT_BYTES
 
 MAX_CLIENTS = 64
 """Connections at once; further ones are sent away with a reason."""
 HELLO_S = 10.0
 """A connection that has not said hello for so long is closed."""
+UNREAD_S = 60.0
+"""A client that reads nothing of what waits for it for so long is sent away."""
 RECORDS_A_LOOK = 64
 """Records of one client that are handled in one look: whoever floods the engine holds up nobody else."""
 PART_S = 10.0
@@ -37,70 +41,21 @@ _BOTH = select.EPOLLIN | select.EPOLLOUT
 _LOGGER = logging.getLogger(__name__)
 
 
-class Client:
-    """One connection."""
-
-    __slots__ = (
-        "connection",
-        "here",
-        "name",
-        "opened_s",
-        "pid",
-        "records",
-        "requests",
-        "until_s",
-        "welcomed",
-        "writing",
-    )
-
-    def __init__(self, connection: Connection[FromClient], pid: int) -> None:
-        self.connection = connection
-        self.pid = pid
-        self.here = True
-        """Whether it is a client still: nothing it says is heard any more otherwise."""
-        self.until_s = 0.0
-        """How long one that was sent away may take to read why."""
-        self.name = ""
-        self.opened_s = time.monotonic()
-        self.welcomed = False
-        """Whether it has said hello in the right version."""
-        self.records: Iterator[FromClient] | None = None
-        """What has arrived and was too much for one look."""
-        self.writing = False
-        """Whether the poller watches for room to write."""
-        self.requests: dict[int, int] = {}
-        """Its running requests: the engine's id by the client's own."""
-
-
-class Handler(Protocol):
-    """Who makes something of what clients say."""
-
-    @property
-    def facts(self) -> EngineFacts | None:
-        """For ``Welcome``: None until the engine is ready."""
-
-    def joined(self, client: Client) -> None:
-        """A client has been welcomed."""
-
-    def hear(self, client: Client, record: FromClient) -> None:
-        """A record of a welcomed client. Raises ``ProtocolError`` where it should not have been sent."""
-
-    def left(self, client: Client) -> None:
-        """A client is gone, or was sent away; nothing can be sent to it any more."""
-
-
 class Hub:
     """Listener, connections and the poller that watches them."""
 
     def __init__(self, listener: Listener, most_unsent: int = MAX_UNSENT_BYTES) -> None:
         self.listener = listener
         self.handler: Handler | None = None
-        self._most_unsent = most_unsent
+        self.most_unsent = most_unsent
+        """Bytes that may wait for one client (see ``sockets.MAX_UNSENT_BYTES``)."""
         self._clients: dict[int, Client] = {}
         self._parting: dict[int, Client] = {}
         """Those sent away, who have not read why yet."""
         self._behind: set[Client] = set()
         self._accept_again_s: float | None = None
+        self._guard = threading.RLock()
+        """Held while anything is written to a connection, or one comes or goes."""
         self._bell, self._rope = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._signals = False
         self._epoll = select.epoll()
@@ -175,13 +130,14 @@ class Hub:
             )
         else:
             client.name, client.welcomed = record.name, True
+            client.connection.greeted()
             self.send(client, Welcome(PROTOCOL, os.getpid(), self.handler.facts))
             if client.here:
                 self.handler.joined(client)
 
     def _accept(self) -> None:
         try:
-            accepted = self.listener.accept(self._most_unsent)
+            accepted = self.listener.accept(self.most_unsent)
         except OSError:  # too many open files: the queue waits until somebody leaves
             self._epoll.unregister(self.listener.fileno())
             self._accept_again_s = time.monotonic() + _ACCEPT_AGAIN_S
@@ -189,18 +145,23 @@ class Hub:
         if accepted is None:
             return
         client = Client(*accepted)
-        self._clients[client.connection.fileno()] = client
+        with self._guard:
+            self._clients[client.connection.fileno()] = client
         self._epoll.register(client.connection.fileno(), _READ)
         if len(self._clients) > MAX_CLIENTS:
             self.dismiss(client, f"this engine has {MAX_CLIENTS} clients already: close one of them")
 
     def tick(self) -> None:
-        """Now and then: closes what never said hello or does not read why it was sent away, and accepts again."""
+        """Now and then: closes what never said hello, does not read, or does not read why it was sent away, and accepts
+        again."""
         now = time.monotonic()
         for client in [one for one in self._parting.values() if now >= one.until_s]:
             self._close(client)
         for client in [one for one in self._clients.values() if not one.welcomed and now - one.opened_s > HELLO_S]:
             self.dismiss(client, f"no Hello within {HELLO_S:g} s")
+        for client in [one for one in self._clients.values() if one.connection.stuck_s(now) > UNREAD_S]:
+            waits = client.connection.unsent
+            self.dismiss(client, f"nothing was read for {UNREAD_S:g} s of the {waits} bytes that wait")
         if self._accept_again_s is not None and now >= self._accept_again_s:
             self._accept_again_s = None
             self._epoll.register(self.listener.fileno(), _READ)
@@ -209,7 +170,7 @@ class Hub:
 
     def send(self, client: Client, record: Message) -> None:
         """Sends a record, now or as soon as the client reads; one that can get none is dropped, and one that leaves too
-        much unread is sent away.
+        many of these unread is sent away.
 
         Raises:
             ProtocolError: the record is too large for any frame.
@@ -218,17 +179,41 @@ class Hub:
 
     def send_frame(self, client: Client, frame: bytes) -> None:
         """``send`` for records that are encoded already."""
+        if not client.here:
+            return
+        try:
+            with self._guard:
+                client.connection.send_frame(frame)
+        except ProtocolError as error:
+            self.dismiss(client, str(error))
+            return
+        if client.connection.unsent:
+            self._watch_for_room(client)
+
+    def send_owned(self, client: Client, frames: Sequence[tuple[Hashable, bytes]]) -> None:
+        """Sends frames, each with whom it is about. Where the client leaves too much unread, the handler hears whose
+        frames are most of it, and takes them back."""
         connection = client.connection
         if not client.here:
             return
         try:
-            connection.send_frame(frame)
+            with self._guard:
+                connection.send_owned(frames)
         except ProtocolError as error:
             self.dismiss(client, str(error))
             return
-        if connection.unsent and not client.writing:
+        if not connection.unsent:
+            return
+        self._watch_for_room(client)
+        while client.here and (owner := connection.behind) is not None:
+            assert self.handler is not None
+            with self._guard:
+                self.handler.behind(client, owner)
+
+    def _watch_for_room(self, client: Client) -> None:
+        if not client.writing:
             client.writing = True
-            self._epoll.modify(connection.fileno(), _BOTH)
+            self._epoll.modify(client.connection.fileno(), _BOTH)
 
     def broadcast(self, record: Message) -> None:
         """Sends a record to all."""
@@ -236,16 +221,29 @@ class Hub:
         for client in self.clients:
             self.send_frame(client, frame)
 
+    def broadcast_beside(self, record: Message) -> None:
+        """Sends a sign of life to all who have read what they were sent. From any thread, while the hub's own is busy
+        elsewhere; who cannot be reached is left to that."""
+        frame = encode(record)
+        with self._guard:
+            for client in self.clients:
+                connection = client.connection
+                if client.here and connection.unsent == 0:
+                    with suppress(ProtocolError):
+                        connection.send_frame(frame)
+                    if connection.unsent:
+                        self._watch_for_room(client)
+
     def _flush(self, client: Client) -> None:
         connection = client.connection
         try:
-            connection.flush()
+            with self._guard:
+                connection.flush()
+                if not connection.unsent:
+                    client.writing = False
+                    self._epoll.modify(connection.fileno(), _READ)
         except ProtocolError:
             self.drop(client)
-            return
-        if not connection.unsent:
-            client.writing = False
-            self._epoll.modify(connection.fileno(), _READ)
 
     # ---------------------------------------------------------------------------------------------------------- parting
 
@@ -272,7 +270,8 @@ class Hub:
     def _strike_off(self, client: Client) -> None:
         client.here = False
         client.records = None
-        del self._clients[client.connection.fileno()]
+        with self._guard:
+            del self._clients[client.connection.fileno()]
         self._behind.discard(client)
 
     def _part(self, client: Client, reason: str, patience_s: float) -> None:

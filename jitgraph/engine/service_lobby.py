@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
-from jitgraph.engine.service_hub import Client, Hub
+from jitgraph.engine.service_client import Client
+from jitgraph.engine.service_hub import Hub
 from jitgraph.ipc.frames import ProtocolError
 from jitgraph.ipc.messages import AskStats, Drain, EngineFacts, FromClient, Hello, Refused, StartPhase, Stats, Submit
 
@@ -92,6 +93,9 @@ class Lobby:
             self._on_drain(record.timeout_s)
         elif isinstance(record, Hello):
             raise ProtocolError("Hello comes once")
+
+    def behind(self, client: Client, owner: Hashable) -> None:
+        """Nobody has any news here."""
 
     def left(self, client: Client) -> None:
         """It has nothing running."""

@@ -5,27 +5,30 @@ Engine's thread. Always holds: a request stands in three books (here, in its cli
 
 from __future__ import annotations
 
-import heapq
 import logging
-import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+from jitgraph.engine.service_client import Client
+from jitgraph.engine.service_deadlines import Deadlines
 from jitgraph.engine.service_figures import Figures
-from jitgraph.engine.service_hub import Client, Hub
+from jitgraph.engine.service_hub import Hub
+from jitgraph.engine.service_live import Live, news_of, party_of
 from jitgraph.engine.service_reader import RequestReader
+from jitgraph.engine.service_room import Room, scores_bytes
+from jitgraph.engine.service_shares import Shares
 from jitgraph.errors import CapacityError, RequestError
 from jitgraph.ipc.frames import ProtocolError, encode
-from jitgraph.ipc.messages import Refused, Submit, Tokens, WireLogprobs
-from jitgraph.types import FinishReason, Grammar, Request, SamplingParams, TokenChunk, TokenLogprobs
+from jitgraph.ipc.messages import Refused, Submit, Tokens
+from jitgraph.types import FinishReason, Grammar, Request, SamplingParams, TokenChunk
 
 _CANCELLED = FinishReason.CANCELLED.value
-_MOST_ENDED = 256
-"""So many requests that have ended may stand among the deadlines before they are sorted out."""
+_BEHIND_S = 1.0
+"""When to try again a request that was given up because its client had fallen behind."""
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -66,26 +69,9 @@ class Limits:
 
     max_streams: int
     max_queued: int
-    """Requests that wait besides those that run; one more is refused as ``overloaded``."""
+    """Requests that wait besides those that run; of more, some are refused as ``overloaded`` (``Shares``)."""
     max_model_len: int | None
     """Tokens of prompt and output together; None where there is no end."""
-
-
-@dataclass(eq=False)
-class Live:
-    """A request on its way."""
-
-    __slots__ = ("client", "identity", "launched_ns", "received_ns", "request_id", "told")
-    client: Client
-    request_id: int
-    """The client's name for it."""
-    identity: int
-    """The engine's."""
-    received_ns: int
-    launched_ns: int
-    """0 until its first step has been launched."""
-    told: bool
-    """Whether its client has had its first token."""
 
 
 class _EngineFailed(Exception):
@@ -117,11 +103,13 @@ class Requests:
         self._on_error = on_error
         self._grammars = grammars
         self._compiling: list[tuple[Live, Request, Compiling]] = []
+        self._held: deque[tuple[Live, Request]] = deque()
+        """Those whose answers have no room yet, oldest first; ended ones may still be among them."""
         self._reader = RequestReader(limits.max_model_len)
+        self._shares = Shares()
+        self._room = Room(hub.most_unsent)
         self._live: dict[int, Live] = {}
-        self._deadlines: list[tuple[float, int, float]] = []
-        """A heap: ``time.monotonic`` at which a request must be done, its identity, and the seconds it was given; ended
-        ones may still be among them."""
+        self._deadlines = Deadlines(self._live)
         self._next_identity = 1
         self._most = limits.max_streams + limits.max_queued
         self.unlaunched: deque[Live] = deque()
@@ -130,9 +118,9 @@ class Requests:
         """Why no request is taken any more; empty while they are."""
 
     @property
-    def compiling(self) -> bool:
-        """Whether any request waits for its grammar."""
-        return bool(self._compiling)
+    def held_up(self) -> bool:
+        """Whether any request waits for its grammar, or for room."""
+        return bool(self._compiling) or bool(self._held)
 
     def __len__(self) -> int:
         return len(self._live)
@@ -147,35 +135,35 @@ class Requests:
             return self._refuse(client, request_id, "request", f"request id {request_id} is in use: choose another")
         if self.closed_because:
             return self._refuse(client, request_id, "draining", self.closed_because)
-        if len(self._live) >= self._most:
+        party = party_of(client, record.salt)
+        if len(self._live) >= self._most and not self._make_way(party):
             return self._overloaded(client, request_id)
         identity = self._next_identity
         self._next_identity += 1
-        live = Live(client, request_id, identity, received_ns, 0, False)
+        live = Live(client, request_id, identity, party, received_ns, 0, False)
         self._guarded(live, lambda: self._take(live, self._reader.read(identity, record)))
         if record.timeout_s and identity in self._live:
-            self._limit(identity, record.timeout_s)
+            self._deadlines.add(time.monotonic(), identity, record.timeout_s)
 
-    def _limit(self, identity: int, timeout_s: float) -> None:
-        """Notes when a request must be done."""
-        deadlines = self._deadlines
-        if len(deadlines) > _MOST_ENDED + 2 * len(self._live):
-            deadlines[:] = [one for one in deadlines if one[1] in self._live]
-            heapq.heapify(deadlines)
-        heapq.heappush(deadlines, (time.monotonic() + timeout_s, identity, timeout_s))
+    def _make_way(self, party: Hashable) -> bool:
+        """Makes room in a full queue for a request of a party that has less than its share of it."""
+        identity = self._shares.gives_way(party)
+        if identity is None:
+            return False
+        live = self._live[identity]
+        self._withdraw(live)
+        self._overloaded(live.client, live.request_id)
+        return True
 
     @property
     def next_deadline_s(self) -> float:
         """``time.monotonic`` at which ``expire`` may have something to do; infinite where nothing has a limit."""
-        return self._deadlines[0][0] if self._deadlines else math.inf
+        return self._deadlines.next_s
 
     def expire(self, now_s: float) -> None:
         """Ends the requests whose time is over, those that wait and those that run; their pages are free at once."""
-        while self._deadlines and self._deadlines[0][0] <= now_s:
-            _, identity, timeout_s = heapq.heappop(self._deadlines)
-            live = self._live.get(identity)
-            if live is None:
-                continue
+        for identity, timeout_s in self._deadlines.due(now_s):
+            live = self._live[identity]
             self._withdraw(live)
             how = "it was answered in part" if live.told else "it had not come to its first token"
             self._refuse(
@@ -212,15 +200,43 @@ class Requests:
         if request.grammar is not None and self._grammars is not None:
             compilation = self._grammars.start(request.grammar, self._hub.wake)
             if not compilation.done:
-                self._add(live)
+                self._await(live)
                 self._compiling.append((live, request, compilation))
                 return
             compilation.result()
+        self._admit(live, request)
+
+    def _admit(self, live: Live, request: Request) -> None:
+        """Checks a request and hands it over, or lets it wait for room for its answer."""
         self._engine.validate(request)
+        if request.prompt_logprobs is not None:
+            scores_bytes(len(request.prompt_token_ids), request.prompt_logprobs)
+            if not self._has_room(live, request):
+                self._await(live)
+                self._held.append((live, request))
+                return
         self._enqueue(live, request)
 
-    def look_at_grammars(self) -> None:
-        """Hands over the requests whose grammar has been compiled meanwhile."""
+    def _has_room(self, live: Live, request: Request) -> bool:
+        size = scores_bytes(len(request.prompt_token_ids), request.prompt_logprobs or 0)
+        return self._room.take(live.client, live.identity, size, live.client.connection.unsent)
+
+    def look_at_held_up(self) -> None:
+        """Hands over the requests whose grammar has been compiled meanwhile, and those for which there is room now."""
+        if self._compiling:
+            self._look_at_grammars()
+        full: set[Client] = set()
+        for _ in range(len(self._held)):
+            live, request = self._held.popleft()
+            if live.identity not in self._live:
+                continue
+            if live.client in full or not self._has_room(live, request):  # in the order of each client's own
+                full.add(live.client)
+                self._held.append((live, request))
+            else:
+                self._guarded(live, partial(self._enqueue, live, request))
+
+    def _look_at_grammars(self) -> None:
         waiting, self._compiling = self._compiling, []
         for live, request, compilation in waiting:
             if live.identity not in self._live:
@@ -232,8 +248,7 @@ class Requests:
 
     def _hand_over(self, live: Live, request: Request, compilation: Compiling) -> None:
         compilation.result()  # says why there is none
-        self._engine.validate(request)
-        self._enqueue(live, request)
+        self._admit(live, request)
 
     def _fire(self, live: Live, request: Request) -> bool:
         """Launches a request that finds nobody else here, if there is a short way for it now."""
@@ -255,8 +270,13 @@ class Requests:
             self._engine.enqueue(request)
         except Exception as error:
             raise _EngineFailed(error) from error
-        self._add(live)
+        self._await(live)
         self.unlaunched.append(live)
+
+    def _await(self, live: Live) -> None:
+        """It waits from now on."""
+        self._shares.add(live.party, live.identity)
+        self._add(live)
 
     def _add(self, live: Live) -> None:
         self._live[live.identity] = live
@@ -300,8 +320,23 @@ class Requests:
         self._forget(live)
         self._engine.cancel(live.identity)
 
+    def behind(self, live: Live) -> None:
+        """A client leaves too much unread: it loses the news of this request, and with them the request."""
+        if live.identity in self._live:
+            self._withdraw(live)
+        unread = live.client.connection.take_back(live)
+        self._refuse(
+            live.client,
+            live.request_id,
+            "overloaded",
+            f"{unread} bytes of this answer were left unread, more than of any other: read faster, or ask for less",
+            _BEHIND_S,
+        )
+
     def _forget(self, live: Live) -> None:
         self._live.pop(live.identity, None)
+        self._shares.remove(live.identity)
+        self._room.give_back(live.identity)
         requests = live.client.requests
         if requests.get(live.request_id) == live.identity:
             del requests[live.request_id]
@@ -316,13 +351,14 @@ class Requests:
             live = waiting.popleft()
             if live.identity in begun:
                 live.launched_ns = now
+                self._shares.remove(live.identity)
                 self._figures.begun(live.received_ns, now)
             elif live.identity in self._live:
                 waiting.append(live)
 
     def deliver(self, chunks: Sequence[TokenChunk], failure: Exception | None = None) -> None:
         """Sends each client its news. ``failure``: why the engine has ended requests, where it did."""
-        frames: dict[Client, bytes] = {}
+        frames: dict[Client, list[tuple[Live, bytes]]] = {}
         for chunk in chunks:
             live = self._live.get(chunk.request_id)
             if live is None:
@@ -332,17 +368,19 @@ class Requests:
                 self._refuse(live.client, live.request_id, "internal", f"the engine had to end this: {failure}")
                 continue
             frame = self._frame(live, chunk)
-            if frame is None:
-                continue
-            frames[live.client] = frames[live.client] + frame if live.client in frames else frame
-        for client, frame in frames.items():
-            self._hub.send_frame(client, frame)
+            if frame is not None:
+                frames.setdefault(live.client, []).append((live, frame))
+        for client, theirs in frames.items():
+            self._hub.send_owned(client, theirs)
 
     def _frame(self, live: Live, chunk: TokenChunk) -> bytes | None:
         """A chunk as its client reads it; None where no frame holds it, and the client has been told."""
         reason = chunk.finish_reason
-        record = _news(live, chunk)
-        live.told = True
+        record = news_of(live, chunk)
+        if not live.told:
+            live.told = True
+            self._shares.remove(live.identity)
+            self._room.give_back(live.identity)
         try:
             frame = encode(record)
         except ProtocolError as error:
@@ -353,29 +391,3 @@ class Requests:
             self._forget(live)
             self._figures.ended(reason.value, (time.perf_counter_ns() - live.received_ns) / 1e9)
         return frame
-
-
-def _news(live: Live, chunk: TokenChunk) -> Tokens:
-    token, reason, logprobs = chunk.token_id, chunk.finish_reason, chunk.logprobs
-    value = None if reason is None else reason.value
-    if token is None:
-        return Tokens(live.request_id, (), (), finish_reason=value)
-    wire = () if logprobs is None else (_wire(logprobs),)
-    if live.told:
-        return Tokens(live.request_id, (token,), (chunk.time_ns,), wire, value)
-    prompt = chunk.prompt_logprobs
-    return Tokens(
-        live.request_id,
-        (token,),
-        (chunk.time_ns,),
-        wire,
-        value,
-        chunk.cached_tokens,
-        live.received_ns,
-        live.launched_ns,
-        None if prompt is None else tuple(None if one is None else _wire(one) for one in prompt),
-    )
-
-
-def _wire(logprobs: TokenLogprobs) -> WireLogprobs:
-    return WireLogprobs(logprobs.token_id, logprobs.logprob, logprobs.top)

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -25,16 +25,20 @@ from jitgraph.config import EngineConfig
 from jitgraph.engine.service import Service, ServiceOptions
 from jitgraph.engine.service_hub import Hub
 from jitgraph.engine.service_lobby import Lobby
-from jitgraph.errors import JitgraphError, RequestError
+from jitgraph.errors import CapacityError, JitgraphError, RequestError
 from jitgraph.ipc.listener import Listener
 from jitgraph.ipc.messages import Ready
+from jitgraph.types import Request, SamplingParams
 
 if TYPE_CHECKING:
+    from jitgraph.engine.engine import Engine
     from jitgraph.engine.opening import OpenedEngine
 
 Progress = Callable[[str, int, int], None]
 
 PR_SET_PDEATHSIG = 1
+WARM_UP = "warm up"
+"""The phase of the start in which each size is run once."""
 AT_ONCE_S = 3
 """A process that was told to end at once is killed after so long."""
 FAILED = 1
@@ -79,6 +83,9 @@ class Worker:
         self._listener: Listener | None = None
         self._lobby: Lobby | None = None
         self._used_mib: Callable[[], float] = float
+        self._warming_since_s: float | None = None
+        self._longest_s = 0.0
+        """The longest that the engine took for one size while it warmed up."""
         self._exit_code = 0
         self._asked = 0
         self._loading = self._at_once = False
@@ -160,11 +167,14 @@ class Worker:
         with suppress(RequestError):  # there can be none with this model; who asks for one is told why
             opened.engine.constraints.compiler.load()
         grammars_s = process_age_s() - loaded_s
-        while opened.engine.work_while_idle():  # the first request finds everything prepared
-            pass
         phases = {"start": started_s, "import": imported_s - started_s}
         phases |= {name: ms / 1e3 for name, ms in opened.phases_ms.items()}
         phases["grammars"] = grammars_s
+        if opened.engine.emulated:
+            progress(WARM_UP, 0, 1)
+            phases[WARM_UP] = self._longest_s = largest_step_s(opened.engine)
+        while opened.engine.work_while_idle():  # the first request finds everything prepared
+            pass
         phases["finish"] = process_age_s() - sum(phases.values())
         return opened, Ready(opened.facts(), phases, opened.phases_mib)
 
@@ -172,9 +182,8 @@ class Worker:
         from jitgraph.engine.report import Report
 
         engine = opened.engine
-        return Service(
-            engine, Report(engine), hub, ready, self._options.service, collector.collect, engine.constraints.compiler
-        )
+        how = replace(self._options.service, longest_s=self._longest_s)
+        return Service(engine, Report(engine), hub, ready, how, collector, engine.constraints.compiler)
 
     def _both(self, tell: Progress) -> Progress:
         """Progress for clients and for whoever started the process."""
@@ -182,10 +191,18 @@ class Worker:
         assert lobby is not None
 
         def progress(phase: str, done: int, total: int) -> None:
+            self._look_at_warm_up(phase)
             lobby.progress(phase, done, total)
             tell(phase, done, total)
 
         return progress
+
+    def _look_at_warm_up(self, phase: str) -> None:
+        """Each size is run once then, with a word after each: how long a step may take is known before the first."""
+        now_s = time.monotonic()
+        if phase == WARM_UP and self._warming_since_s is not None:
+            self._longest_s = max(self._longest_s, now_s - self._warming_since_s)
+        self._warming_since_s = now_s if phase == WARM_UP else None
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         """The first SIGTERM drains; anything more ends at once. Main thread, between two bytecodes of anything."""
@@ -206,7 +223,7 @@ class Worker:
 
 
 class IdleCollector:
-    """Python's garbage collector, off but for the moments in which nobody waits."""
+    """Python's garbage collector, off but for the moments in which nobody waits, or the GPU is at work anyway."""
 
     def freeze(self) -> None:
         """The start is over: what lives now stays, and no collection looks at it again."""
@@ -217,6 +234,24 @@ class IdleCollector:
     def collect(self) -> None:
         """Collects what has come since: little, so it takes little."""
         gc.collect()
+
+    def collect_young(self) -> None:
+        """Collects of that what is young, which is less."""
+        gc.collect(1)
+
+
+def largest_step_s(engine: Engine) -> float:
+    """Runs the largest step once, for nothing, where the start does not: how many seconds that took. Before the first
+    request; nothing of it is kept or counted."""
+    tokens = min(engine.sizing.chunk_tokens, engine.sizing.max_model_len - 1)
+    begun_s = time.monotonic()
+    with suppress(CapacityError):  # a cache too small for it: nothing so large will ever run
+        engine.submit(Request(0, (0,) * tokens, SamplingParams(max_tokens=1, ignore_eos=True)))
+        while engine.busy:
+            engine.step()
+    engine.scheduler.reset()
+    engine.reset_counters()
+    return time.monotonic() - begun_s
 
 
 def die_with(parent: int) -> None:

@@ -17,6 +17,8 @@ from jitgraph.ipc.messages import FromClient, FromEngine, Message
 
 MAX_FRAME_BYTES = 16 * 2**20
 """Largest payload; a prompt of a million tokens takes 4 MB."""
+MAX_GREETING_BYTES = 4096
+"""Largest payload of a connection's first record: its name has at most 256 characters."""
 _LENGTH = struct.Struct("<I")
 
 T = TypeVar("T")
@@ -50,7 +52,8 @@ class Framer(Generic[T]):
 
     def __init__(self, kinds: Any, most: int = MAX_FRAME_BYTES) -> None:
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(kinds, strict=True)
-        self._most = most
+        self.most = most
+        """Largest payload of the frames that are not complete yet."""
         self._buffer = bytearray()
         self._broken = ""
 
@@ -68,8 +71,8 @@ class Framer(Generic[T]):
         try:
             while len(buffer) - at >= _LENGTH.size:
                 (length,) = _LENGTH.unpack_from(buffer, at)
-                if length > self._most:
-                    raise ProtocolError(f"a frame of {length} bytes is over the limit of {self._most}")
+                if length > self.most:
+                    raise ProtocolError(f"a frame of {length} bytes is over the limit of {self.most}")
                 begin = at + _LENGTH.size
                 if len(buffer) < begin + length:
                     break

@@ -6,7 +6,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from jitgraph.ipc.frames import engine_framer
+from jitgraph.ipc.frames import MAX_GREETING_BYTES, Framer
 from jitgraph.ipc.messages import FromClient
 from jitgraph.ipc.sockets import MAX_UNSENT_BYTES, Connection, check_peer, listen
 
@@ -29,7 +29,7 @@ class Listener:
 
     def accept(self, most_unsent: int = MAX_UNSENT_BYTES) -> tuple[Connection[FromClient], int] | None:
         """The next client's connection and process id, without waiting; None where nobody waits. Processes of other
-        users are turned away.
+        users are turned away. Only small frames are read until it is ``greeted``: who says nothing holds no memory.
 
         Raises:
             OSError: this process has too many open files.
@@ -44,7 +44,7 @@ class Listener:
             except OSError:  # PermissionError is one
                 connected.close()
                 continue
-            return Connection(connected, engine_framer(), most_unsent), pid
+            return Connection(connected, Framer(FromClient, MAX_GREETING_BYTES), most_unsent), pid
 
     def remove(self) -> None:
         """Takes the file away, unless another process has put its own there; nobody connects any more. May be called

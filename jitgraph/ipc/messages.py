@@ -18,7 +18,7 @@ import msgspec
 from jitgraph.errors import RequestError
 from jitgraph.types import SamplingParams
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Version of these records; both sides must have the same."""
 BEAT_S = 0.25
 """Most time between two ``Beat`` records of a live engine that is ready."""
@@ -66,7 +66,8 @@ class Submit(Message, frozen=True):
     params: msgspec.Raw
     """``SamplingParams``, packed (``pack_params``): values out of their range refuse the request, not the client."""
     salt: str = ""
-    """Prompts share cached prefixes only with prompts of the same salt."""
+    """Prompts share cached prefixes only with prompts of the same salt. What stands before its first colon names whom a
+    client sends this for: each of those has a share of the queue."""
     prompt_logprobs: int | None = None
     """Alternatives to report for each prompt token; None reports nothing."""
     grammar: Grammar | None = None
@@ -195,7 +196,14 @@ class Beat(Message, frozen=True):
     free_pages: int
     total_pages: int
     steps: int
-    """Steps since ready; a busy engine whose count stands still hangs."""
+    """Steps since ready; a busy engine whose count stands still for much longer than ``longest_s`` hangs."""
+    away_s: float = 0.0
+    """For how long the engine's thread has been at one thing; 0 where it beats itself. What else this record says is of
+    its last own beat then."""
+    longest_s: float = 0.0
+    """The longest that it has been at one thing and came back, the time before ready included: a step, mostly."""
+    draining: bool = False
+    """No new requests are taken: the process ends once the running ones are done."""
 
 
 class Stats(Message, frozen=True):

@@ -12,20 +12,22 @@ import os
 import socket
 import stat
 import struct
-from collections import deque
-from collections.abc import Iterator
+import time
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from jitgraph.errors import ConfigError
-from jitgraph.ipc.frames import Framer, ProtocolError, encode
+from jitgraph.ipc.frames import MAX_FRAME_BYTES, Framer, ProtocolError, encode
 from jitgraph.ipc.messages import Message
+from jitgraph.ipc.outbox import Outbox, Owner
 
 MAX_PATH_BYTES = 107
 """Longest path of a Unix socket on Linux."""
-MAX_UNSENT_BYTES = 8 * 2**20
-"""What may wait for a slow reader before its connection is given up."""
+MAX_UNSENT_BYTES = MAX_FRAME_BYTES
+"""What may wait for a slow reader: of frames without an owner before its connection is given up, and as much again of
+frames with one before owners are given up. The largest frame fits."""
 _READ_BYTES = 64 * 1024
 _BACKLOG = 64
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
@@ -151,9 +153,10 @@ def check_peer(connection: socket.socket) -> int:
 class Connection(Generic[T]):
     """One end of a connection, never blocking: what cannot be sent now waits here, up to a limit.
 
-    One thread. Its owner polls ``fileno`` for reading, and for writing while ``unsent``. After a failed ``send``
-    nothing more is sent but the rest of a frame that has begun and one last record (``send_last``), and after a failed
-    ``flush`` nothing at all; what has arrived can still be received.
+    One thread at a time. Its owner polls ``fileno`` for reading, and for writing while ``unsent``. Frames that name an
+    owner are taken over the limit too: whoever names owners looks at ``behind`` and takes some back. After a failed
+    ``send`` nothing more is sent but the rest of a frame that has begun and one last record (``send_last``), and after
+    a failed ``flush`` nothing at all; what has arrived can still be received.
     """
 
     def __init__(self, connected: socket.socket, framer: Framer[T], most_unsent: int = MAX_UNSENT_BYTES) -> None:
@@ -161,9 +164,8 @@ class Connection(Generic[T]):
         self._socket = connected
         self._framer = framer
         self._most = most_unsent
-        self._unsent = bytearray()
-        self._sizes: deque[int] = deque()
-        """Of what waits, piece by piece as it was given; part of the first may have gone."""
+        self._outbox = Outbox()
+        self._moved_s = 0.0
         self._broken = ""
         self._gone = False
         self.closed = False
@@ -172,10 +174,24 @@ class Connection(Generic[T]):
         """For pollers."""
         return self._socket.fileno()
 
+    def greeted(self) -> None:
+        """The other side has said hello: from now on its frames may be of any size."""
+        self._framer.most = MAX_FRAME_BYTES
+
     @property
     def unsent(self) -> int:
         """Bytes that wait to be sent."""
-        return len(self._unsent)
+        return self._outbox.size
+
+    @property
+    def behind(self) -> Hashable | None:
+        """Whose frames should be taken back: the largest owner, where more than the limit waits of all of them."""
+        return self._outbox.heaviest() if self._outbox.owned > self._most else None
+
+    def stuck_s(self, now_s: float) -> float:
+        """For how long the other side has read nothing of what waits; 0 where nothing waits. ``now_s``:
+        ``time.monotonic``."""
+        return now_s - self._moved_s if self._outbox.size else 0.0
 
     def send(self, message: Message) -> None:
         """Sends a record, or keeps it until ``flush`` can.
@@ -190,11 +206,26 @@ class Connection(Generic[T]):
         """``send`` for a record that is encoded already. One frame may be larger than the limit where none waits."""
         if self._broken:
             raise ProtocolError(self._broken)
-        if self._unsent and len(self._unsent) + len(frame) > self._most:
+        loose = self._outbox.loose
+        if loose and loose + len(frame) > self._most:
             self._broken = f"the other side left more than {self._most} bytes unread"
-            self._keep_begun()
+            self._outbox.take_all_back()
             raise ProtocolError(self._broken)
-        self._append(frame)
+        self._append([(None, frame)])
+
+    def send_owned(self, frames: Sequence[tuple[Hashable, bytes]]) -> None:
+        """Sends frames with their owners, or keeps them.
+
+        Raises:
+            ProtocolError: an earlier ``send`` has failed, or the other side is gone.
+        """
+        if self._broken:
+            raise ProtocolError(self._broken)
+        self._append(frames)
+
+    def take_back(self, owner: Hashable) -> int:
+        """Forgets an owner's frames that wait, but for one that has begun; how many bytes that were."""
+        return self._outbox.take_back(owner)
 
     def send_last(self, message: Message) -> None:
         """Sends a record after which nothing can follow, and which no limit keeps back: why the connection ends.
@@ -205,25 +236,28 @@ class Connection(Generic[T]):
         frame = encode(message)
         if self._gone:
             raise ProtocolError(self._broken)
-        self._append(frame)
+        self._append([(None, frame)])
         self._broken = self._broken or "the last record has been sent"
 
-    def _append(self, frame: bytes) -> None:
-        rest = frame if self._unsent else frame[self._write(frame) :]
-        if rest:
-            self._unsent += rest
-            self._sizes.append(len(rest))
-
-    def _keep_begun(self) -> None:
-        """Of what waits, only the piece that may have gone in part is still sent."""
-        while len(self._sizes) > 1:
-            self._sizes.pop()
-        del self._unsent[self._sizes[0] :]
+    def _append(self, frames: Sequence[tuple[Owner, bytes]]) -> None:
+        """Behind what waits; where nothing does, what the socket takes goes at once."""
+        outbox, sent = self._outbox, 0
+        if not outbox.size:
+            data = frames[0][1] if len(frames) == 1 else b"".join(frame for _, frame in frames)
+            sent = self._write(data)
+            if sent == len(data):
+                return
+            self._moved_s = time.monotonic()
+        for owner, frame in frames:
+            if sent >= len(frame):
+                sent -= len(frame)
+            else:
+                outbox.add(owner, frame[sent:], begun=sent > 0)
+                sent = 0
 
     def _lost(self, reason: str) -> ProtocolError:
         self._broken, self._gone = reason, True
-        self._unsent.clear()
-        self._sizes.clear()
+        self._outbox.clear()
         return PeerGone(reason)
 
     def flush(self) -> None:
@@ -232,16 +266,12 @@ class Connection(Generic[T]):
         Raises:
             PeerGone: the other side is gone.
         """
-        while self._unsent:
-            sent = self._write(memoryview(self._unsent)[:_READ_BYTES].tobytes())
+        while self._outbox.size:
+            sent = self._write(self._outbox.front(_READ_BYTES))
             if not sent:
                 return
-            del self._unsent[:sent]
-            while sent:
-                self._sizes[0] -= (piece := min(sent, self._sizes[0]))
-                sent -= piece
-                if not self._sizes[0]:
-                    self._sizes.popleft()
+            self._outbox.sent(sent)
+            self._moved_s = time.monotonic()
 
     def finish(self) -> None:
         """Tells the other side that nothing follows. May be called more than once."""

@@ -10,6 +10,7 @@ a second one ended it at once.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import time
@@ -20,6 +21,7 @@ from socket import socket
 
 import uvloop
 
+from jitgraph.lines import LineHandler, LineWriter
 from jitgraph.server.address import bound_socket, check_address, url_of
 from jitgraph.server.app import create_app
 from jitgraph.server.idle_gc import IdleCollector
@@ -30,7 +32,7 @@ from jitgraph.server.records import RequestRecord
 from jitgraph.server.request_log import RequestLog
 from jitgraph.server.runtime_folder import RuntimeFolder
 from jitgraph.server.settings import ServerSettings
-from jitgraph.server.spawn import print_line, threads_for
+from jitgraph.server.spawn import threads_for
 from jitgraph.server.supervisor import Supervisor
 from jitgraph.server.supervisor_policy import Limits
 from jitgraph.server.supervisor_pool import EnginePool
@@ -38,6 +40,8 @@ from jitgraph.server.supervisor_pool import EnginePool
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 HTTP_GRACE_S = 5
 """What connections may still take to be read to their end once all answers are complete."""
+LAST_WORDS_S = 1.0
+"""How long the end may wait for whoever reads standard error."""
 
 
 @dataclass(frozen=True)
@@ -67,23 +71,29 @@ class ServeOptions:
         return self.settings.served_names[0] if self.settings.served_names else self.model
 
 
-def serve(options: ServeOptions, say: Callable[[str], None] = print_line) -> int:
-    """Serves until told to end; the exit code.
+def serve(options: ServeOptions) -> int:
+    """Serves until told to end; the exit code. Whoever should read standard error and does not holds up nothing: lines
+    are dropped then, and the end comes all the same.
 
     Raises:
         ConfigError: the address may not or cannot be used, or the settings contradict each other.
         OutputError: the request log cannot be written.
     """
     check_address(options.host, options.settings.api_keys, options.allow_public)
+    say = LineWriter()
+    handler = LineHandler(say)
     log = RequestLog(options.request_log) if options.request_log is not None else None
     metrics = ServerMetrics(options.label, options.metrics_prefix, lambda: log.dropped if log is not None else 0)
+    logging.getLogger().addHandler(handler)
     try:
         with bound_socket(options.host, options.port) as listener, RuntimeFolder() as folder:
             front = FrontEnd(options, folder.path, listener, metrics, log, say)
             return uvloop.run(front.run())
     finally:
+        logging.getLogger().removeHandler(handler)
         if log is not None:
             log.close()
+        say.flush(LAST_WORDS_S)
 
 
 class FrontEnd:

@@ -20,6 +20,7 @@ from typing import IO
 
 from jitgraph.config import engine_environment
 from jitgraph.errors import ConfigError
+from jitgraph.lines import LineWriter
 from jitgraph.server import tether
 
 TAIL_LINES = 40
@@ -29,19 +30,13 @@ _LAST_WORDS_S = 1.0
 """How long the keeper waits for the last lines after the end."""
 
 
-def print_line(line: str) -> None:
-    """Passes a line on to standard error, so that standard output stays the caller's."""
-    with suppress(OSError, ValueError):  # nobody reads it any more
-        sys.stderr.write(f"{line}\n")  # in one piece: several threads say something
-        sys.stderr.flush()
-
-
 class EngineProcess:
     """A started process, leader of its own session: a terminal's Ctrl-C reaches its parent alone, which decides."""
 
     def __init__(self, command: Sequence[str], say: Callable[[str], None], threads: int | None = None) -> None:
-        """Starts it; ``say`` gets each line of its output, in a thread of its own. ``threads``: for its work on the
-        CPU, unless the user has said how many; None leaves that to PyTorch.
+        """Starts it; ``say`` gets each line of its output, in a thread of its own, and must not wait: the process would
+        wait, too, once its pipe is full. ``threads``: for its work on the CPU, unless the user has said how many; None
+        leaves that to PyTorch.
 
         Raises:
             ConfigError: it cannot be started.
@@ -168,7 +163,9 @@ def spawn_engine(
     Raises:
         ConfigError: it cannot be started.
     """
-    say = say or (lambda line: print_line(f"engine: {line}"))
+    if say is None:
+        write = LineWriter()
+        say = lambda line: write(f"engine: {line}")  # noqa: E731
     return EngineProcess([*command, "--socket", str(socket_path)], say, threads)
 
 

@@ -13,6 +13,7 @@ from jitgraph.server.openai.errors import ApiError, from_user_error, unavailable
 from jitgraph.server.openai.replies import Model, ModelList, Status, Version
 from jitgraph.server.openai.sse import json_bytes
 from jitgraph.server.service import Service, no_such_model
+from jitgraph.server.supervisor_policy import patience_s
 from jitgraph.version import VERSION
 
 _ALIVE_WITHOUT_ENGINE = ("starting", "draining")
@@ -31,7 +32,8 @@ class StatusApi:
         """``/health``: 200 while this process and the engine live, a starting engine included.
 
         Raises:
-            ApiError: 503; the engine has died, is being restarted, or has said nothing for ``silence_s``.
+            ApiError: 503; the engine has died, is being restarted, has said nothing for ``silence_s``, or has been at
+                one step for much longer than any before.
         """
         backend = self._service.backend
         state, client = backend.state, backend.client
@@ -50,6 +52,8 @@ class StatusApi:
         """
         link = self._service.link()
         await self._check_pulse(link)
+        if (beat := link.last_beat) is not None and beat.draining:
+            raise unavailable(self._service.backend.retry_after_s, "the engine is ending and takes no more requests")
         try:
             await self._service.texts.of(link.facts)
         except CheckpointError as error:
@@ -65,6 +69,10 @@ class StatusApi:
                 why = f"the engine hangs: it has said nothing for {silent_s:.1f} s"
                 raise ApiError(503, why, None, "engine_silent", self._service.backend.retry_after_s)
             await asyncio.sleep(_LOOK_S)
+        beat = link.last_beat
+        if beat is not None and beat.away_s > patience_s(self._service.settings.silence_s, beat):
+            why = f"the engine hangs: it has been at one thing for {beat.away_s:.1f} s"
+            raise ApiError(503, why, None, "engine_silent", self._service.backend.retry_after_s)
         if link.gone is not None:
             raise unavailable(self._service.backend.retry_after_s, f"the engine has ended: {link.gone}")
 

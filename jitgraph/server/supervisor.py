@@ -16,8 +16,9 @@ from pathlib import Path
 
 from jitgraph.errors import JitgraphError
 from jitgraph.ipc.messages import StartPhase
+from jitgraph.lines import LineWriter
 from jitgraph.server.client import EngineClient
-from jitgraph.server.spawn import EngineProcess, print_line, spawn_engine
+from jitgraph.server.spawn import EngineProcess, spawn_engine
 from jitgraph.server.supervisor_policy import (
     Ending,
     Limits,
@@ -57,20 +58,22 @@ class Supervisor:
         *,
         name: str = "engine",
         limits: Limits | None = None,
-        say: Callable[[str], None] = print_line,
+        say: Callable[[str], None] | None = None,
         threads: int | None = None,
         connect: Callable[..., Awaitable[EngineClient]] = EngineClient.connect,
     ) -> None:
         """``command`` runs an engine process when ``--socket PATH`` is added to it. ``say`` gets a line about each
-        event and, from another thread, each line the engine prints. ``threads``: see ``EngineProcess``."""
+        event and, from another thread, each line the engine prints; it must not wait. By default they go to standard
+        error. ``threads``: see ``EngineProcess``."""
         self._command = list(command)
         self._path = socket_path
         self.name = name
         self.limits = limits or Limits()
-        self._say = say
+        self._say = LineWriter() if say is None else say
         self._threads = threads
         self._connect = connect
         self._budget = RestartBudget(self.limits.restarts, self.limits.window_s)
+        self._losses = RestartBudget(self.limits.restarts, self.limits.window_s)
         self._state: State = "starting"
         self._client: EngineClient | None = None
         self._process: EngineProcess | None = None
@@ -132,16 +135,18 @@ class Supervisor:
         await self._over.wait()
 
     async def drain(self, timeout_s: float) -> None:
-        """No new requests; the running ones have ``timeout_s`` to finish. Returns when the engine has ended."""
+        """No new requests; the running ones have ``timeout_s`` to finish. Returns when the engine has ended, which it
+        has no later than ``grace_s`` after that."""
         if self._over.is_set():
             return
         self._state = "draining"
         client = self._client
         if client is not None:
+            deadline_s = self._now() + timeout_s + self.limits.grace_s
             with suppress(Exception):  # it ends meanwhile: as good
-                await asyncio.wait_for(client.drain(timeout_s), timeout_s + self.limits.grace_s)
+                await asyncio.wait_for(client.drain(timeout_s), deadline_s - self._now())
             with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._over.wait(), timeout_s + self.limits.grace_s)
+                await asyncio.wait_for(self._over.wait(), deadline_s - self._now())
         await self.stop()
 
     async def stop(self) -> None:
@@ -205,7 +210,11 @@ class Supervisor:
         try:
             client = await self._get_ready(process, exited)
             self._serve(client)
-            ending = self._told(await self._watch(client, process, exited))
+            ending = await self._watch(client, process, exited)
+            while ending.kind == "lost" and (again := await self._connect_again(process, ending)) is not None:
+                client = again
+                ending = await self._watch(client, process, exited)
+            self._told(ending)
             reason, hangs = f"the engine {ending.reason}", ending.kind == "hang"
             return ending
         except _EndedEarly as early:
@@ -272,6 +281,26 @@ class Supervisor:
             self._tell(line)
         self._tell(f"ready in {self.last_start.wall_s:.2f} s (process {client.facts.pid})")
 
+    async def _connect_again(self, process: EngineProcess, ending: Ending) -> EngineClient | None:
+        """A new connection to an engine that lives on although the last one has ended; None where it must be replaced:
+        it cannot be reached, or the connection has ended too often."""
+        self._client = None
+        self._ready.clear()
+        if self._state == "draining" or not process.alive or not self._losses.take(self._now()):
+            return None
+        self._state = "restarting"
+        try:
+            client = await self._connect(self._path, None, self.limits.hang_s, appear_s=0.0)
+        except JitgraphError:
+            return None
+        if client.facts.pid != process.pid:
+            await client.close()
+            return None
+        self._tell(f"{ending.reason}; it lives, and is connected again")
+        self._client, self._state = client, "ready"
+        self._ready.set()
+        return client
+
     # ------------------------------------------------------------------------------------------------------ watch, end
 
     async def _watch(self, client: EngineClient, process: EngineProcess, exited: asyncio.Event) -> Ending:
@@ -287,7 +316,7 @@ class Supervisor:
             await asyncio.wait_for(exited.wait(), _LAST_WORD_S)
         if exited.is_set():
             return exit_of(process.returncode, process.tail)
-        return Ending("lost", "has closed the connection")
+        return Ending("lost", f"has lost the connection: {client.gone}")
 
     async def _end(self, process: EngineProcess, exited: asyncio.Event, first: Callable[[], None]) -> None:
         """Ends the process, if it has not ended: asks, then kills. ``first``: how it is asked; one that only seemed to

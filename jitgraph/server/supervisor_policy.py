@@ -19,6 +19,10 @@ USAGE_ERROR = 2
 """Exit status of a command whose settings cannot work: trying again would not help."""
 NOT_FOUND = 127
 """Exit status where there is no such command: nor would it then."""
+PATIENCE = 4.0
+"""A step may take so many times as long as the longest before it."""
+MOST_PATIENCE = 60.0
+"""But never longer than so many times the limit of its own."""
 _UNKNOWN_START_S = 10.0
 
 
@@ -41,7 +45,8 @@ class Limits:
     """
 
     hang_s: float = 10.0
-    """Longest silence of a ready engine, and longest standstill of a busy one."""
+    """Longest silence of a ready engine, and longest standstill of a busy one; a standstill may be longer where the
+    engine's own steps are (``patience_s``)."""
     start_silence_s: float = 600.0
     """Longest silence while it starts: a large file may be read, or downloaded, without a word."""
     grace_s: float = 2.0
@@ -103,6 +108,13 @@ class Pulse:
         self._at, self._sign, self._still_s = now_s, None, 0.0
 
 
+def patience_s(limit_s: float, beat: Beat | None) -> float:
+    """How long an engine may make no step: ``limit_s``, or longer where its steps have been long before, which for a
+    large model on a CPU they are from the start."""
+    usual_s = 0.0 if beat is None else beat.longest_s
+    return min(max(limit_s, PATIENCE * usual_s), MOST_PATIENCE * limit_s)
+
+
 class Watch:
     """Tells from what comes of a ready engine whether it hangs."""
 
@@ -120,10 +132,13 @@ class Watch:
             return None
         self._beat = beat
         at_s = beat.now_ns / 1e9  # its own clock: what it did not live through does not count
+        limit_s = patience_s(self._limit_s, beat)
+        if beat.away_s > limit_s:
+            return f"hangs: its main thread has been at one thing for {limit_s:g} s"
         if beat.running + beat.waiting == 0:
             self._standstill.rest(at_s)
-        elif self._standstill.look(at_s, beat.steps) > self._limit_s:
-            return f"hangs: it has requests and has made no step for {self._limit_s:g} s"
+        elif self._standstill.look(at_s, beat.steps) > limit_s:
+            return f"hangs: it has requests and has made no step for {limit_s:g} s"
         return None
 
 

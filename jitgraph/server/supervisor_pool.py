@@ -60,8 +60,10 @@ class EnginePool:
 
     @property
     def _ready(self) -> list[tuple[Supervisor, EngineClient]]:
+        """Those that take requests; where all that can be talked to end by themselves, these, which will say so."""
         found = ((one, one.client) for one in self.supervisors if one.state == "ready")
-        return [(one, client) for one, client in found if client is not None and not client.closed.is_set()]
+        open_ones = [(one, client) for one, client in found if client is not None and not client.closed.is_set()]
+        return [pair for pair in open_ones if not _ending(pair[1])] or open_ones
 
     @property
     def state(self) -> State:
@@ -162,6 +164,11 @@ class Routed:
     async def stats(self) -> dict[str, Any]:
         """Its counters. Raises ``EngineGone``."""
         return await self._shown.stats()
+
+
+def _ending(client: EngineClient) -> bool:
+    """Whether somebody else has told an engine to end."""
+    return client.last_beat is not None and client.last_beat.draining
 
 
 def load_of(client: EngineClient) -> tuple[bool, int]:
