@@ -128,7 +128,7 @@ def test_a_template_never_comes_from_a_request() -> None:
     assert text in TOKENIZER.decode(site.engine.asked[-1].ids)
 
 
-def test_long_texts_are_tokenised_beside_the_loop() -> None:
+def test_long_texts_become_the_same_ids_within_their_time() -> None:
     site = make_site(FakeEngine(max_model_len=None), inline_chars=10, max_body_bytes=2**24)
     text = "the quick brown fox " * 2_000
     assert complete(site, prompt=text).status == 200

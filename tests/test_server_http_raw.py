@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import time
@@ -20,6 +21,7 @@ from server_fakes import (
     chat,
     complete,
     http_bytes,
+    ids_of,
     make_site,
     read_all,
     run,
@@ -101,6 +103,86 @@ def test_heads_that_never_end_are_cut_off(site: Served) -> None:
     assert (reply.status, reply.error["code"]) == (431, "head_too_large")
     many = [f"X-{i}: y" for i in range(101)]
     assert exchange(site, http_bytes("/v1/models", b"", *many, method="GET")).status == 431
+
+
+def chunked(path: str, document: Any, *headers: str, rest: bytes = b"\r\n") -> bytes:
+    """A request whose body is one chunk; ``rest`` stands behind the last, empty one."""
+    body = json.dumps(document).encode()
+    kind = ("Host: x", "Content-Type: application/json", "Transfer-Encoding: chunked")
+    head = "\r\n".join([f"POST {path} HTTP/1.1", *kind, *headers, "", ""]).encode()
+    return head + b"%x\r\n%s\r\n0\r\n" % (len(body), body) + rest
+
+
+def test_trailers_are_no_headers() -> None:
+    """Neither a key nor a name comes from behind the body, and the next request finds nothing of it."""
+    trailers = b"Authorization: Bearer secret\r\nX-Request-Id: late\r\nExpect: 100-continue\r\n\r\n"
+    follower = http_bytes("/v1/models", b"", CLOSE, method="GET")
+    with served(api_keys=("secret",)) as closed:
+        reply = exchange(closed, chunked(CHAT, GOOD, rest=trailers))
+        assert (reply.status, reply.error["code"]) == (401, "invalid_api_key")
+    with served() as open_to_all:
+        with open_to_all.connect() as connection:
+            connection.sendall(chunked(CHAT, GOOD, rest=trailers) + follower)
+            data = read_all(connection)
+        assert data.count(b"HTTP/1.1 200 OK") == 2 and b"late" not in data and b"100 Continue" not in data
+        assert len(open_to_all.site.records) == 2
+        many = b"".join(b"X-%d: y\r\n" % i for i in range(150)) + b"\r\n"
+        assert exchange(open_to_all, chunked(CHAT, GOOD, CLOSE, rest=many)).status == 200
+
+
+ENDLESS = {
+    "trailers": (chunked(CHAT, GOOD, rest=b""), b"X-Trailer: " + b"a" * 4000 + b"\r\n"),
+    "a trailer": (chunked(CHAT, GOOD, rest=b"X-Trailer: "), b"a" * 4096),
+    "a chunk's extension": (chunked(CHAT, GOOD, rest=b"")[:-3] + b"5;x=", b"a" * 4096),
+    "trailers where no body is read": (chunked("/v1/nothing", GOOD, rest=b""), b"X-Trailer: " + b"a" * 4000 + b"\r\n"),
+}
+
+
+@pytest.mark.parametrize("what", ENDLESS)
+def test_what_is_beside_the_body_is_capped_too(site: Served, what: str) -> None:
+    begin, more = ENDLESS[what]
+    with site.connect() as connection:
+        connection.sendall(begin)
+        sent, data = 0, b""
+        with contextlib.suppress(OSError):  # what was sent and not read resets the connection
+            while sent < 2**24:
+                sent += connection.send(more)
+        with contextlib.suppress(OSError):
+            data = read_all(connection)
+        assert sent < 2**24, "the server goes on reading"
+        assert data == b"" or parsed(data).status in (404, 431)
+    assert site.post(CHAT, GOOD).status_code == 200
+
+
+def test_the_cap_beside_the_body_answers_with_an_error(site: Served) -> None:
+    """The cap is looked at before a read, so a client that sends one byte more and waits gets its answer."""
+    with site.connect() as connection:
+        for part in (chunked(CHAT, GOOD, rest=b"X-Trailer: "), b"a" * 10_000, b"a"):
+            connection.sendall(part)
+            time.sleep(0.05)  # so that each is a read of its own
+        reply = parsed(read_all(connection))
+    assert (reply.status, reply.error["code"]) == (431, "head_too_large")
+    assert reply.headers["connection"] == "close"
+
+
+def test_small_chunks_with_small_extensions_are_a_body(site: Served) -> None:
+    body = json.dumps({**GOOD, "user": "x" * 20_000}).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n{CLOSE}"
+    chunks = b"".join(b"1;a=bc\r\n%c\r\n" % byte for byte in body)  # 10 bytes beside each byte of it
+    assert exchange(site, head.encode() + b"\r\n\r\n" + chunks + b"0\r\n\r\n").status == 200
+
+
+def test_an_error_never_falls_into_another_answer() -> None:
+    engine = FakeEngine()
+    engine.endless = lambda asked: ids_of("word ")
+    engine.pause_s = 0.01
+    with served(engine) as busy, busy.connect() as connection:
+        connection.sendall(http_bytes(CHAT, {**GOOD, "stream": True, "max_tokens": 400}))
+        wait_until(lambda: engine.asked and engine.asked[0].sent > 3)
+        connection.sendall(b"GARBAGE\r\n\r\n")  # where the next request should begin
+        data = read_all(connection)
+        assert data.count(b"HTTP/1.1") == 1 and b"invalid_http" not in data
+        wait_until(engine.asked[0].cancelled.is_set)
 
 
 def test_heads_and_bodies_that_do_not_arrive_are_given_up(site: Served) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import unicodedata
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -12,11 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from text_tokenizers import ALPHABET, byte_level_backend, llama_backend, metaspace_backend, write_folder
+from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jitgraph.errors import CheckpointError, RequestError
+from jitgraph.text.bounds import bytes_per_token
 from jitgraph.text.prose import prose
 from jitgraph.text.tokenizer import Tokenizer, bundled_tokenizer_folder
 
@@ -250,3 +252,98 @@ def test_text_that_is_no_text_is_refused() -> None:
         BUNDLED.encode("ab\ud800")
     with pytest.raises(RequestError, match="not bytes"):
         BUNDLED.encode(b"ab")  # type: ignore[arg-type]
+
+
+SOURCES = {
+    "bundled": lambda: BUNDLED,
+    "byte level": lambda: Tokenizer(byte_level_backend(), {}, {}, "test"),
+    "llama": lambda: Tokenizer(llama_backend(), {}, {}, "test"),
+    "metaspace": lambda: Tokenizer(metaspace_backend(), {}, {}, "test"),
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_long_texts_have_the_ids_that_short_ones_have(kind: str) -> None:
+    """They take another way into the library."""
+    tokenizer = SOURCES[kind]()
+    unit = f"{ALPHABET}<s>the</s> a  b\n<|user|>"
+    text = unit * (5000 // len(unit) + 1)
+    assert len(text) > 4096
+    for special in (True, False):
+        judge = tokenizer._backend.encode(text, add_special_tokens=special).ids
+        assert tokenizer.encode(text, add_special_tokens=special) == judge
+    with pytest.raises(RequestError, match="lone surrogate at character 5000"):
+        tokenizer.encode("x" * 5000 + "\ud800")
+
+
+# --------------------------------------------------------------------------------------------- how long a text may be
+
+
+def bound_of(backend: Backend) -> int | None:
+    return bytes_per_token(backend, json.loads(backend.to_str()))
+
+
+def edited(backend: Backend, **sections: object) -> Backend:
+    """The same with other rules, by their names in a tokenizer.json."""
+    document = json.loads(backend.to_str())
+    model = {**document["model"], **sections.pop("model", {})}  # type: ignore[dict-item]
+    return Backend.from_str(json.dumps({**document, "model": model, **sections}))
+
+
+BOUNDED = {
+    "bundled": lambda: BUNDLED._backend,
+    "byte level": byte_level_backend,
+    "llama": llama_backend,
+    "metaspace": metaspace_backend,
+    "normal form": lambda: edited(byte_level_backend(), normalizer={"type": "NFC"}),
+}
+
+
+@pytest.mark.parametrize("kind", BOUNDED)
+@settings(max_examples=60, deadline=None)
+@given(
+    parts=st.lists(st.sampled_from([*ALPHABET, "the", "\u1fd3", "\u1100\u1161\u11a8", "a\u0308\u0304"]), max_size=60)
+)
+def test_no_text_has_more_bytes_than_its_tokens_can_stand_for(kind: str, parts: list[str]) -> None:
+    text, backend = "".join(parts), BOUNDED[kind]()
+    bound = bound_of(backend)
+    assert bound is not None and bound < 400
+    assert len(text.encode()) <= bound * len(backend.encode(text, add_special_tokens=False).ids)
+
+
+def test_the_longest_piece_makes_the_bound() -> None:
+    ids = BUNDLED._backend.get_vocab().values()
+    assert bound_of(BUNDLED._backend) == max(len(BUNDLED.pieces.bytes_of(i, False)) for i in ids)
+
+
+UNBOUNDED = {
+    "strips": {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}},
+    "lowers": {"normalizer": {"type": "Lowercase"}},
+    "collapses": {"normalizer": {"type": "Replace", "pattern": {"Regex": " +"}, "content": " "}},
+    "shortens": {"normalizer": {"type": "Replace", "pattern": {"String": "ab"}, "content": "a"}},
+    "drops spaces": {"pre_tokenizer": {"type": "WhitespaceSplit"}},
+    "drops what it splits at": {
+        "pre_tokenizer": {"type": "Split", "pattern": {"String": "x"}, "behavior": "Removed", "invert": False}
+    },
+    "knows no bytes": {"model": {"byte_fallback": False}},
+}
+
+
+@pytest.mark.parametrize("kind", UNBOUNDED)
+def test_tokenizers_that_can_make_any_text_short_have_no_bound(kind: str) -> None:
+    assert bound_of(edited(llama_backend(), **UNBOUNDED[kind])) is None
+
+
+def test_a_token_that_takes_the_space_beside_it_has_no_bound() -> None:
+    backend = edited(byte_level_backend())
+    backend.add_special_tokens([AddedToken("<|end|>", rstrip=True)])
+    assert bound_of(backend) is None
+    longer = edited(byte_level_backend())
+    longer.add_tokens(["<a token of its own, longer than all of the others together>"])
+    assert bound_of(longer) == len("<a token of its own, longer than all of the others together>")
+
+
+def test_normal_forms_shrink_no_character_by_more_than_the_bound_says() -> None:
+    for form in ("NFC", "NFD"):
+        for text in map(chr, (*range(0xD800), *range(0xE000, 0x30000))):
+            assert len(text.encode()) <= 4 * len(unicodedata.normalize(form, text).encode())

@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from jitgraph.server.auth import Caller
 from jitgraph.server.openai.errors import ApiError
 from jitgraph.server.openai.sse import error_event
 from jitgraph.server.records import RequestRecord
 from jitgraph.server.settings import ServerSettings
+
+T = TypeVar("T")
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[Any]]
@@ -27,6 +29,8 @@ _STREAM_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # proxies hold back what they are not told to pass on
 ]
+_MUCH_BYTES = 128 * 1024
+"""From such a body on, what is in it is read beside the loop."""
 _DISCARD_BYTES = 64 * 2**20
 _DISCARD_S = 2.0
 
@@ -55,6 +59,7 @@ class Exchange:
         self.path_params: dict[str, Any] = {}
         self._sending_since: float | None = None
         self._body_read = False
+        self._body_bytes = 0
         self._gone = False
 
     def salt(self, own: str | None) -> str:
@@ -121,8 +126,12 @@ class Exchange:
                 raise self._too_large()
             parts.append(part)
             if not message.get("more_body", False):
-                self._body_read = True
+                self._body_read, self._body_bytes = True, size
                 return b"".join(parts)
+
+    async def beside_the_loop(self, work: Callable[[], T]) -> T:
+        """The result of work on what the request holds; in a thread where that is much, so that nobody waits for it."""
+        return await asyncio.to_thread(work) if self._body_bytes > _MUCH_BYTES else work()
 
     # --------------------------------------------------------------------------------------------------------- response
 

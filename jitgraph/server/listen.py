@@ -26,12 +26,18 @@ _LAST_S = 2
 
 
 class CappedProtocol(HttpToolsProtocol):
-    """A connection whose request line and headers are of limited size, and come within a limited time."""
+    """A connection whose request line, headers and whatever else is no body are of limited size, and whose heads come
+    within a limited time.
+
+    Trailers are read past: what comes after the body has no say in who asks, or for what.
+    """
 
     def __init__(self, *args: Any, caps: ServerSettings, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._caps = caps
-        self._head_bytes = 0
+        self._unspoken = 0
+        """Bytes since the last whole head, part of a body or end of a request: of a head, of trailers, of what stands
+        beside the size of a chunk. The parser keeps some of it, and says nothing of the rest."""
         self._in_head = True
         self._head_timer: asyncio.TimerHandle | None = None
 
@@ -46,15 +52,14 @@ class CappedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Counts what comes before the end of a head, to within one read of the cap; the gate looks exactly."""
-        if self._in_head:
-            if self._head_bytes > self._caps.max_header_bytes:
-                most = self._caps.max_header_bytes
-                self._refuse(ApiError(431, f"the headers are over the limit of {most} bytes", None, "head_too_large"))
-                return
-            self._head_bytes += len(data)
-            if self._head_timer is None:
-                self._start_clock()
+        """Counts what is no body, to within one read of the cap; the gate looks exactly at heads."""
+        if self._unspoken > self._caps.max_header_bytes:
+            most = self._caps.max_header_bytes
+            self._refuse(ApiError(431, f"the headers are over the limit of {most} bytes", None, "head_too_large"))
+            return
+        self._unspoken += len(data)
+        if self._in_head and self._head_timer is None:
+            self._start_clock()
         super().data_received(data)
 
     def on_message_begin(self) -> None:
@@ -62,16 +67,26 @@ class CappedProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self._in_head = True
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header, or a trailer, which is none."""
+        if self._in_head:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         """A head is whole."""
-        self._in_head, self._head_bytes = False, 0
+        self._in_head, self._unspoken = False, 0
         self._stop_clock()
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """A part of the body."""
+        self._unspoken = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The next byte belongs to another head."""
         super().on_message_complete()
-        self._in_head = True
+        self._in_head, self._unspoken = True, 0
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP gets an error in the same form as all others."""
@@ -87,18 +102,32 @@ class CappedProtocol(HttpToolsProtocol):
 
     def _late(self) -> None:
         self._head_timer = None
-        if self._head_bytes == 0:
+        if self._in_head and self._unspoken == 0:
             self.transport.close()  # connected and said nothing
         elif self._in_head and not self.transport.is_closing():
             limit = self._caps.head_timeout_s
             self._refuse(ApiError(408, f"the request did not arrive within {limit:g} s", None, "request_timeout"))
 
     def _refuse(self, error: ApiError) -> None:
-        body = error.encode()
-        reason = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}[error.status]
-        head = b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
-        self.transport.write(head % (error.status, reason, len(body)) + body)
+        """Ends the connection, with an answer where none is on its way that it would fall into."""
+        if self._may_answer():
+            body = error.encode()
+            reason = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}[
+                error.status
+            ]
+            head = (
+                b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+            )
+            self.transport.write(head % (error.status, reason, len(body)) + body)
+        if self.cycle is not None:
+            self.cycle.disconnected = True
         self.transport.close()
+
+    def _may_answer(self) -> bool:
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete:
+            return True
+        return not (self._in_head or self.pipeline or cycle.response_started)
 
 
 class HttpServer(uvicorn.Server):

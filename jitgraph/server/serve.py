@@ -13,6 +13,7 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -42,6 +43,9 @@ HTTP_GRACE_S = 5
 """What connections may still take to be read to their end once all answers are complete."""
 LAST_WORDS_S = 1.0
 """How long the end may wait for whoever reads standard error."""
+_SWITCH_S = 0.0005
+"""For how long a thread that tokenises or renders keeps the interpreter once the event loop wants it: a token must not
+wait for Python's usual 5 ms."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ def serve(options: ServeOptions) -> int:
         ConfigError: the address may not or cannot be used, or the settings contradict each other.
         OutputError: the request log cannot be written.
     """
+    sys.setswitchinterval(_SWITCH_S)
     check_address(options.host, options.settings.api_keys, options.allow_public)
     say = LineWriter()
     handler = LineHandler(say)

@@ -70,7 +70,9 @@ class ServerSettings:
     """Largest JSON schema, regular expression or grammar."""
     max_schema_depth: int = 32
     """Deepest nesting of a JSON schema."""
-    max_detokenize_ids: int = 1_000_000
+    max_tokenize_bytes: int = 2**19
+    """Longest text of one ``/tokenize``, in UTF-8; every byte may be a token."""
+    max_detokenize_ids: int = 2**19
     """Most ids of one ``/detokenize``."""
 
     request_timeout_s: float | None = None

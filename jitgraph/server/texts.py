@@ -7,6 +7,7 @@ tokenizer is loaded once for each checkpoint, in a thread.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +22,16 @@ from jitgraph.text.template import ChatTemplate
 from jitgraph.text.tokenizer import Tokenizer, find_tokenizer
 
 T = TypeVar("T")
+
+_INLINE_IDS = 4096
+"""Up to this many ids become text on the event loop."""
+_MUCH_CHARS = 2**16
+"""From so many characters on, what tokenising a text took is given back to the system: some hundred bytes for each
+token, which the C library would else keep for every thread."""
+
+
+class TextTooLong(RequestError):
+    """A text of more bytes than could be of use; it was not tokenised."""
 
 
 @dataclass(frozen=True)
@@ -59,22 +70,38 @@ class Texts:
         """Whether the chat template mentions a name."""
         return name in (self.template or "")
 
-    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def most_bytes(self, tokens: int | None) -> int | None:
+        """Most bytes that a text of so many tokens can have; None where there is no such number."""
+        each = self.tokenizer.bytes_per_token
+        return None if tokens is None or each is None else tokens * each
+
+    async def encode(self, text: str, add_special_tokens: bool = True, most_bytes: int | None = None) -> list[int]:
         """Token ids of a text.
 
         Raises:
+            TextTooLong: it has more than ``most_bytes``.
             RequestError: a text that has none, or that takes too long.
         """
+        _check_length(text, most_bytes)
         if len(text) <= self._settings.inline_chars:
             return self.tokenizer.encode(text, add_special_tokens)
         encode = self.tokenizer.encode
-        return await self.in_thread(lambda: encode(text, add_special_tokens), self._settings.tokenize_timeout_s)
 
-    async def encode_chat(self, conversation: Conversation) -> list[int]:
+        def work() -> list[int]:
+            try:
+                return encode(text, add_special_tokens)
+            finally:
+                if len(text) > _MUCH_CHARS:
+                    _give_back()
+
+        return await self.in_thread(work, self._settings.tokenize_timeout_s)
+
+    async def encode_chat(self, conversation: Conversation, most_bytes: int | None = None) -> list[int]:
         """Token ids of a conversation under the chat template. A long one's ids are worked out after its text, with
         their own time limit.
 
         Raises:
+            TextTooLong: the text of it has more than ``most_bytes``.
             RequestError: messages that the template refuses, or that take it too long.
             CheckpointError: a template that cannot be compiled, or breaks the sandbox's rules.
         """
@@ -83,11 +110,23 @@ class Texts:
 
         def prepare() -> tuple[str, list[int] | None]:
             text = self._render(conversation)
+            _check_length(text, most_bytes)
             short = len(text) <= self._settings.inline_chars
             return text, self.tokenizer.encode(text, special) if short else None
 
         text, ids = await self.in_thread(prepare, self._settings.render_timeout_s)
         return await self.encode(text, special) if ids is None else ids
+
+    async def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """Text of token ids.
+
+        Raises:
+            RequestError: it takes too long.
+        """
+        decode = self.tokenizer.decode
+        if len(ids) <= _INLINE_IDS:
+            return decode(ids, skip_special_tokens)
+        return await self.in_thread(lambda: decode(ids, skip_special_tokens), self._settings.tokenize_timeout_s)
 
     def _render(self, conversation: Conversation) -> str:
         if self._own is None:
@@ -129,6 +168,23 @@ class Texts:
 
         with suppress(RequestError, CheckpointError, TookTooLong):
             await self._workers.run(work, self._settings.render_timeout_s)
+
+
+def _check_length(text: str, most_bytes: int | None) -> None:
+    if most_bytes is None or 4 * len(text) <= most_bytes:
+        return
+    size = len(text.encode("utf-8", "surrogatepass"))
+    if size > most_bytes:
+        raise TextTooLong(f"the text has {size} bytes; {most_bytes} are possible")
+
+
+_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
+"""Only glibc has it, and only glibc needs it."""
+
+
+def _give_back() -> None:
+    if _TRIM is not None:
+        _TRIM(0)
 
 
 class TextSource:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from jitgraph.errors import CheckpointError, RequestError
 from jitgraph.server.exchange import Exchange
 from jitgraph.server.openai.calls import as_tools
@@ -12,14 +14,15 @@ from jitgraph.server.openai.limits import at_most, check_conversation
 from jitgraph.server.openai.messages import as_messages, template_variables
 from jitgraph.server.openai.replies import Detokenized, Tokenized
 from jitgraph.server.openai.schema import DetokenizeRequest, TokenizeRequest
-from jitgraph.server.openai.sse import json_bytes
+from jitgraph.server.openai.sse import json_bytes, json_of_any_length
 from jitgraph.server.service import Service, Serving
-from jitgraph.server.texts import Conversation
+from jitgraph.server.texts import Conversation, Texts, TextTooLong
+from jitgraph.text.pieces import TokenPieces
 
 _TOKENIZE = decoder_of(TokenizeRequest)
 _DETOKENIZE = decoder_of(DetokenizeRequest)
 _INLINE_IDS = 4096
-"""Up to this many ids are decoded on the event loop."""
+"""Up to this many ids an answer is made on the event loop."""
 
 
 class Tokenize:
@@ -48,26 +51,40 @@ class Tokenize:
 
     async def _answer(self, exchange: Exchange, request: TokenizeRequest) -> None:
         serving = await self._service.serving(request.model)
-        ids = await self._ids(request, serving)
-        pieces = serving.texts.tokenizer.pieces
-        strings = None
-        if request.return_token_strs:
-            strings = [pieces.bytes_of(i, False).decode("utf-8", "replace") for i in ids]
-        reply = Tokenized(count=len(ids), max_model_len=serving.facts.max_model_len, tokens=ids, token_strs=strings)
-        await exchange.send_json(json_bytes(reply))
+        ids = await self._ids(exchange, request, serving)
+        names, limit = bool(request.return_token_strs), serving.facts.max_model_len
 
-    async def _ids(self, request: TokenizeRequest, serving: Serving) -> list[int]:
-        texts, caps = serving.texts, self._service.settings
+        def work() -> bytes:
+            strings = _strings(ids, serving.texts.tokenizer.pieces) if names else None
+            reply = Tokenized(count=len(ids), max_model_len=limit, tokens=ids, token_strs=strings)
+            return json_of_any_length(reply)
+
+        await exchange.send_json(await asyncio.to_thread(work) if len(ids) > _INLINE_IDS else work())
+
+    async def _ids(self, exchange: Exchange, request: TokenizeRequest, serving: Serving) -> list[int]:
+        texts, most = serving.texts, self._service.settings.max_tokenize_bytes
+        param = "prompt" if request.messages is None else "messages"
         try:
             if request.messages is None:
-                return await texts.encode(request.prompt or "", request.add_special_tokens is not False)
-            tools = as_tools(request.tools, caps) or None
-            variables = template_variables(request.chat_template_kwargs, None, texts.reads, caps)
-            messages = as_messages(request.messages, texts.reads)
-            prompted, special = request.add_generation_prompt is not False, bool(request.add_special_tokens)
-            return await texts.encode_chat(Conversation(messages, tools, prompted, special, variables))
+                return await texts.encode(request.prompt or "", request.add_special_tokens is not False, most)
+            return await texts.encode_chat(await exchange.beside_the_loop(lambda: self._read(request, texts)), most)
+        except TextTooLong as error:
+            raise bad_request(f"{param}: {error}", param, "too_large") from error
         except (RequestError, CheckpointError) as error:
-            raise from_user_error(error, "prompt" if request.messages is None else "messages") from error
+            raise from_user_error(error, param) from error
+
+    def _read(self, request: TokenizeRequest, texts: Texts) -> Conversation:
+        caps = self._service.settings
+        tools = as_tools(request.tools, caps) or None
+        variables = template_variables(request.chat_template_kwargs, None, texts.reads, caps)
+        messages = as_messages(request.messages or [], texts.reads)
+        prompted, special = request.add_generation_prompt is not False, bool(request.add_special_tokens)
+        return Conversation(messages, tools, prompted, special, variables)
+
+
+def _strings(ids: list[int], pieces: TokenPieces) -> list[str]:
+    texts = {i: pieces.bytes_of(i, False).decode("utf-8", "replace") for i in set(ids)}
+    return [texts[i] for i in ids]
 
 
 def _refuse_chat_fields(request: TokenizeRequest) -> None:
@@ -98,12 +115,8 @@ class Detokenize:
     async def _answer(self, exchange: Exchange, request: DetokenizeRequest) -> None:
         serving = await self._service.serving(request.model)
         check_ids("tokens", request.tokens, serving.facts.vocab_size)
-        tokenizer, skip = serving.texts.tokenizer, bool(request.skip_special_tokens)
-
-        def work() -> str:
-            return tokenizer.decode(request.tokens, skip)
-
-        long = len(request.tokens) > _INLINE_IDS
-        limit_s = self._service.settings.tokenize_timeout_s
-        text = await serving.texts.in_thread(work, limit_s) if long else work()
+        try:
+            text = await serving.texts.decode(request.tokens, bool(request.skip_special_tokens))
+        except RequestError as error:
+            raise from_user_error(error, "tokens") from error
         await exchange.send_json(json_bytes(Detokenized(prompt=text)))

@@ -13,7 +13,6 @@ tokens, which no text already shown could take back).
 from __future__ import annotations
 
 import codecs
-import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,7 +29,7 @@ _PRIME_TOKENS = 8
 """Visible prompt tokens re-read for an unfinished character, which is 3 bytes at most."""
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """The GPT-2 alphabet of byte-level tokenizers: printable Latin-1 stands for itself, the rest moved past 255."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     moved = [byte for byte in range(256) if byte not in printable]
@@ -60,14 +59,15 @@ class TokenPieces:
 
     Args:
         tokenizer: a fast tokenizer whose added tokens are final.
+        decoder: the section of that name in its tokenizer.json.
         source: what to call it in an error.
 
     Raises:
         CheckpointError: the tokenizer decodes in a way that needs later tokens; the message names the part.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, source: str) -> None:
-        parts = _decoder_parts(json.loads(tokenizer.to_str())["decoder"])
+    def __init__(self, tokenizer: tokenizers.Tokenizer, decoder: Any, source: str) -> None:
+        parts = _decoder_parts(decoder)
         unsupported = sorted(set(parts) - set(SUPPORTED_DECODERS))
         if unsupported or ("ByteLevel" in parts and set(parts) - {"ByteLevel", "Fuse"}):
             raise CheckpointError(
@@ -75,7 +75,7 @@ class TokenPieces:
                 f"whose decoder is ByteLevel, or made of {', '.join(SUPPORTED_DECODERS[1:])}"
             )
         self._tokenizer = tokenizer
-        self._alphabet = _byte_alphabet() if "ByteLevel" in parts else None
+        self._alphabet = byte_alphabet() if "ByteLevel" in parts else None
         self._byte_fallback = "ByteFallback" in parts
         self._special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self._cache: dict[tuple[int, bool], bytes] = {}

@@ -19,11 +19,14 @@ from typing import Any
 import tokenizers
 
 from jitgraph.errors import CheckpointError, RequestError
+from jitgraph.text.bounds import bytes_per_token
 from jitgraph.text.pieces import TextStream, TokenPieces
 from jitgraph.text.prose import ASSETS
 from jitgraph.text.template import ChatTemplate
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_SHORT_CHARS = 4096
+"""Up to this many characters a text is encoded where it stands, in a millisecond or two."""
 _SLOW_FILES = ("tokenizer.model", "tekken.json", "vocab.json", "spiece.model", "tiktoken.model", "vocab.txt")
 
 
@@ -131,6 +134,7 @@ class Tokenizer:
 
     Attributes:
         pieces: the bytes of each id, for the incremental detokenizer.
+        bytes_per_token: most bytes of UTF-8 that a text can have for each of its tokens; None where that is unknown.
         special_tokens: ``bos_token``, ``eos_token`` and the like, by name.
     """
 
@@ -144,7 +148,9 @@ class Tokenizer:
         self._backend = backend
         self._source = source
         self.special_tokens = dict(special_tokens)
-        self.pieces = TokenPieces(backend, source)
+        layout = json.loads(backend.to_str())
+        self.pieces = TokenPieces(backend, layout["decoder"], source)
+        self.bytes_per_token = bytes_per_token(backend, layout)
         self._chat_templates = {name: ChatTemplate(text) for name, text in chat_templates.items()}
 
     @classmethod
@@ -217,7 +223,7 @@ class Tokenizer:
         return None if text is None else self._backend.token_to_id(text)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text.
+        """Token ids of a text. Other threads run meanwhile where it is long.
 
         Args:
             text: what to encode; special tokens written in it are recognised.
@@ -234,7 +240,11 @@ class Tokenizer:
             raise RequestError(
                 f"the text has a lone surrogate at character {error.start}; pass valid Unicode"
             ) from error
-        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        if len(text) <= _SHORT_CHARS:
+            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        # ``encode`` keeps the interpreter's lock until it is done, the call for batches does not.
+        [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return list(encoding.ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; exactly what the incremental detokenizer shows for them without a prompt.

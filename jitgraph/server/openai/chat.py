@@ -12,9 +12,9 @@ from jitgraph.ipc.messages import WireLogprobs
 from jitgraph.server.answers import Answer, Answers, Delta
 from jitgraph.server.exchange import Exchange
 from jitgraph.server.openai.calls import CallMode, Reader, call_mode
-from jitgraph.server.openai.convert import grammar_of, room_for, sampling_params
+from jitgraph.server.openai.convert import grammar_of, prompt_error, room_for, sampling_params
 from jitgraph.server.openai.decode import decoder_of
-from jitgraph.server.openai.errors import bad_request, from_user_error
+from jitgraph.server.openai.errors import bad_request
 from jitgraph.server.openai.generation import Generation, Prepared, Writer, plan_of
 from jitgraph.server.openai.limits import check_chat
 from jitgraph.server.openai.logprobs import chat_logprobs
@@ -48,11 +48,11 @@ class Chat(Generation[ChatRequest]):
     async def prepare(self, exchange: Exchange, request: ChatRequest, serving: Serving) -> Prepared:
         """The conversation as token ids, with what is asked for."""
         facts, caps = serving.facts, self._caps
-        mode = call_mode(request, serving.texts.tool_template, caps)
+        mode, conversation = await exchange.beside_the_loop(lambda: _read(request, serving, caps))
         try:
-            ids = await serving.texts.encode_chat(_conversation(request, mode, serving, caps))
+            ids = await serving.texts.encode_chat(conversation, serving.texts.most_bytes(facts.max_model_len))
         except (RequestError, CheckpointError) as error:
-            raise from_user_error(error, "messages") from error
+            raise prompt_error(error, facts, "messages") from error
         if not ids:
             raise bad_request("the chat template makes an empty prompt of these messages", "messages", "invalid_value")
         room = room_for(len(ids), _asked(request), None, facts, caps, "messages")
@@ -63,9 +63,10 @@ class Chat(Generation[ChatRequest]):
         return Prepared(plan, lambda answers: _Writer(request, mode, answers, pieces))
 
 
-def _conversation(request: ChatRequest, mode: CallMode, serving: Serving, caps: ServerSettings) -> Conversation:
+def _read(request: ChatRequest, serving: Serving, caps: ServerSettings) -> tuple[CallMode, Conversation]:
+    mode = call_mode(request, serving.texts.tool_template, caps)
     reads = serving.texts.reads
-    return Conversation(
+    return mode, Conversation(
         messages=as_messages(request.messages, reads),
         tools=mode.tools,
         add_generation_prompt=request.add_generation_prompt is not False,

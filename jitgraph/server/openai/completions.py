@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from jitgraph.errors import RequestError
 from jitgraph.ipc.messages import WireLogprobs
 from jitgraph.server.answers import Answer, Answers, Delta
 from jitgraph.server.exchange import Exchange
-from jitgraph.server.openai.convert import check_ids, grammar_of, room_for, sampling_params
+from jitgraph.server.openai.convert import check_ids, grammar_of, prompt_error, room_for, sampling_params
 from jitgraph.server.openai.decode import decoder_of
 from jitgraph.server.openai.errors import ApiError, bad_request, from_user_error
 from jitgraph.server.openai.generation import Generation, Prepared, Writer, plan_of
@@ -20,7 +21,7 @@ from jitgraph.server.openai.limits import at_most, check_completion
 from jitgraph.server.openai.logprobs import CompletionLogprobWriter
 from jitgraph.server.openai.replies import CompletionChoice, CompletionLogprobs, CompletionReply
 from jitgraph.server.openai.schema import CompletionRequest
-from jitgraph.server.openai.sse import Chunks, json_bytes, token_ids_field
+from jitgraph.server.openai.sse import Chunks, json_of_any_length, token_ids_field
 from jitgraph.server.service import Serving
 from jitgraph.server.settings import ServerSettings
 
@@ -52,10 +53,15 @@ class Completions(Generation[CompletionRequest]):
         """The prompts as token ids, with what is asked for."""
         facts, caps = serving.facts, self._caps
         given = prompts_of(request.prompt, request.n or 1, caps)
-        prompts = [await _encoded(prompt, request, serving) for prompt in given]
         no_tokens = request.max_tokens == 0
         asked = 1 if no_tokens else request.max_tokens
-        rooms = [room_for(len(prompt.ids), asked, DEFAULT_MAX_TOKENS, facts, caps, "prompt") for prompt in prompts]
+        every, rooms = [], []
+        for prompt in given:
+            ids = await _ids(prompt, request, serving)
+            every.append(ids)
+            rooms.append(room_for(len(ids), asked, DEFAULT_MAX_TOKENS, facts, caps, "prompt"))
+            await asyncio.sleep(0)  # one after the other, each of them short: others have their turn in between
+        prompts = [Prompt(ids, await _text(prompt, request, serving)) for ids, prompt in zip(every, given, strict=True)]
         plan = plan_of(
             exchange,
             request,
@@ -90,20 +96,30 @@ def prompts_of(prompt: str | list[int | str | list[int]], n: int, caps: ServerSe
     return found
 
 
-async def _encoded(prompt: str | list[int], request: CompletionRequest, serving: Serving) -> Prompt:
-    texts = serving.texts
+async def _ids(prompt: str | list[int], request: CompletionRequest, serving: Serving) -> list[int]:
+    texts, facts = serving.texts, serving.facts
     try:
         if isinstance(prompt, str):
-            text, ids = prompt, await texts.encode(prompt, request.add_special_tokens is not False)
+            most = texts.most_bytes(facts.max_model_len)
+            ids = await texts.encode(prompt, request.add_special_tokens is not False, most)
         else:
-            check_ids("prompt", prompt, serving.facts.vocab_size)
+            check_ids("prompt", prompt, facts.vocab_size)
             ids = prompt
-            text = texts.tokenizer.decode(prompt, request.skip_special_tokens is not False) if request.echo else ""
         if not ids:
             raise RequestError("the prompt is empty: give at least one token")
     except RequestError as error:
+        raise prompt_error(error, facts, "prompt") from error
+    return ids
+
+
+async def _text(prompt: str | list[int], request: CompletionRequest, serving: Serving) -> str:
+    """What ``echo`` shows of a prompt; nothing where it is not asked for."""
+    if isinstance(prompt, str) or not request.echo:
+        return prompt if isinstance(prompt, str) else ""
+    try:
+        return await serving.texts.decode(prompt, request.skip_special_tokens is not False)
+    except RequestError as error:
         raise from_user_error(error, "prompt") from error
-    return Prompt(ids, text)
 
 
 class _Voice:
@@ -188,5 +204,5 @@ class _Writer(Writer):
             ids += token_ids_field(voice.answer.prompt, b"prompt_token_ids") if first else b""
             voice.ids = []
         logprobs = voice.logprobs()
-        told = b"null" if logprobs is None else json_bytes(logprobs)
+        told = b"null" if logprobs is None else json_of_any_length(logprobs)
         return chunks.text(answer.index, text, told, ids, delta.finish_reason)

@@ -12,10 +12,11 @@ import msgspec
 from jitgraph.errors import RequestError
 from jitgraph.ipc.messages import EngineFacts, Grammar
 from jitgraph.server.openai.decode import decode_raw, is_null
-from jitgraph.server.openai.errors import ApiError, bad_request, from_user_error
+from jitgraph.server.openai.errors import ApiError, bad_request, from_user_error, too_long
 from jitgraph.server.openai.limits import stops_of
 from jitgraph.server.openai.schema import ResponseFormat, Sampled, StructuredOutputs
 from jitgraph.server.settings import ServerSettings
+from jitgraph.server.texts import TextTooLong
 from jitgraph.types import SamplingParams
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -99,13 +100,16 @@ def room_for(
     if rest < 1 or (asked is not None and asked > rest):
         wanted = f" ({prompt_tokens} in the prompt, {asked} in the answer)" if asked is not None and rest > 0 else ""
         requested = prompt_tokens + (asked or 1)
-        raise bad_request(
-            f"This model's maximum context length is {limit} tokens, but {requested} tokens were requested{wanted}: "
-            "send a shorter prompt or ask for fewer tokens",
-            param,
-            "context_length_exceeded",
-        )
+        less = " or ask for fewer tokens" if asked is not None else ""
+        raise too_long(limit, f"{requested} tokens were requested{wanted}", param, less)
     return asked or min(default or rest, rest)
+
+
+def prompt_error(error: Exception, facts: EngineFacts, param: str) -> ApiError:
+    """What was wrong with a prompt while it became token ids."""
+    if isinstance(error, TextTooLong):
+        return too_long(facts.max_model_len, str(error), param)
+    return from_user_error(error, param)
 
 
 def grammar_of(request: Sampled, caps: ServerSettings) -> Grammar | None:

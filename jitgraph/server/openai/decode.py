@@ -63,7 +63,7 @@ def decode_raw(raw: msgspec.Raw, param: str, most_bytes: int, most_depth: int) -
     """
     if len(raw) > most_bytes:
         raise bad_request(f"{param} has {len(raw)} bytes; {most_bytes} are possible", param, "too_large")
-    if _depth(bytes(raw)) > most_depth:
+    if _deeper_than(bytes(raw), most_depth):
         raise bad_request(f"{param} is nested more than {most_depth} levels deep", param, "too_deep")
     try:
         return msgspec.json.decode(raw)
@@ -71,19 +71,20 @@ def decode_raw(raw: msgspec.Raw, param: str, most_bytes: int, most_depth: int) -
         raise bad_request(f"{param} is not valid: {error}"[:_MOST_CHARS], param, "invalid_json") from None
 
 
-_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
+_ONE_KIND = bytes.maketrans(b"{}", b"[]")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
-def _depth(text: bytes) -> int:
-    """Deepest nesting of valid JSON, without decoding it."""
-    deepest = depth = 0
-    for byte in _STRINGS.sub(b"", text):
-        if byte in b"[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif byte in b"]}":
-            depth -= 1
-    return deepest
+def _deeper_than(text: bytes, most: int) -> bool:
+    """Whether valid JSON is nested deeper, without decoding it, and in as few steps of Python as may be: everything but
+    the brackets goes, then every innermost pair at once, level by level."""
+    brackets = _STRINGS.sub(b"", text).translate(_ONE_KIND, _NO_BRACKETS)
+    for _ in range(most):
+        if not brackets:
+            return False
+        brackets = brackets.replace(b"[]", b"")
+    return bool(brackets)
 
 
 def is_null(raw: msgspec.Raw) -> bool:

@@ -107,6 +107,12 @@ def unavailable(retry_after_s: float, why: str) -> ApiError:
     return ApiError(503, why, None, "engine_unavailable", retry_after_s)
 
 
+def too_long(limit: int | None, why: str, param: str | None, less: str = "") -> ApiError:
+    """A prompt that does not fit into the context of ``limit`` tokens, in the words that clients look for."""
+    message = f"This model's maximum context length is {limit} tokens, but {why}: send a shorter prompt{less}"
+    return bad_request(message, param, "context_length_exceeded")
+
+
 def engine_lost(retry_after_s: float) -> ApiError:
     """The engine ended while it worked on the request."""
     why = "the engine ended while it was answering: send the request again, it is being restarted"

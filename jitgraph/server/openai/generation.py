@@ -5,6 +5,7 @@ Event loop's thread. ``chat.py`` and ``completions.py`` say what their prompts a
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from abc import ABC, abstractmethod
@@ -20,11 +21,16 @@ from jitgraph.server.exchange import Exchange
 from jitgraph.server.openai.convert import grammar_of
 from jitgraph.server.openai.decode import decode
 from jitgraph.server.openai.schema import Sampled
-from jitgraph.server.openai.sse import DONE, Chunks, json_bytes
+from jitgraph.server.openai.sse import DONE, Chunks, json_bytes, json_of_any_length
 from jitgraph.server.service import Service, Serving
 from jitgraph.types import SamplingParams
 
 R = TypeVar("R", bound=Sampled)
+
+_INLINE_ENTRIES = 8192
+"""A reply that lists more is made beside the event loop."""
+_INLINE_SCORED = 64
+"""So is the event that reports on more tokens of a prompt."""
 
 
 class Writer(ABC):
@@ -132,7 +138,19 @@ async def _whole(
     while (news := await answers.next()) is not None:
         writer.keep(*news)
     fixed = {"id": identity, "created": created, "model": serving.model, "usage": answers.usage}
-    await exchange.send_json(json_bytes(writer.reply({**fixed, "system_fingerprint": serving.facts.fingerprint})))
+    common = {**fixed, "system_fingerprint": serving.facts.fingerprint}
+    if _entries(answers) <= _INLINE_ENTRIES:
+        body = json_bytes(writer.reply(common))
+    else:
+        body = await asyncio.to_thread(lambda: json_of_any_length(writer.reply(common)))
+    await exchange.send_json(body)
+
+
+def _entries(answers: Answers) -> int:
+    """Tokens of all prompts and answers, and alternatives to them, that a reply may list."""
+    plan, usage = answers.plan, answers.usage
+    alternatives = max(params.logprobs or 0 for params in plan.params)
+    return (1 + alternatives) * usage.completion_tokens + (1 + (plan.prompt_logprobs or 0)) * usage.prompt_tokens
 
 
 async def _stream(
@@ -145,7 +163,11 @@ async def _stream(
         answers.usage_of if options and options.continuous_usage_stats else None,
     )  # fmt: skip
     while (news := await answers.next()) is not None:
-        events = writer.events(chunks, *news)
+        scored = news[1].prompt_logprobs
+        if scored is not None and len(scored) > _INLINE_SCORED:
+            events = await asyncio.to_thread(writer.events, chunks, *news)
+        else:
+            events = writer.events(chunks, *news)
         if events:
             await exchange.send_event(events)
     await exchange.send_event((chunks.usage(answers.usage) if usage else b"") + DONE, last=True)

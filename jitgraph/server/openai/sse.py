@@ -19,6 +19,8 @@ from jitgraph.server.openai.replies import ToolCallChunk, Usage
 DONE = b"data: [DONE]\n\n"
 """The end of a stream that did not fail."""
 
+_PART = 256
+"""Entries of a list that are encoded at once."""
 _ENCODER = msgspec.json.Encoder()
 _LINE_ENDS = (("\u2028", b"\\u2028"), ("\u2029", b"\\u2029"), ("\x85", b"\\u0085"))
 _ESCAPES = tuple((char.encode(), escape) for char, escape in _LINE_ENDS)
@@ -31,6 +33,37 @@ def json_bytes(value: Any) -> bytes:
         for char, escape in _ESCAPES:
             data = data.replace(char, escape)
     return data
+
+
+def json_of_any_length(value: Any) -> bytes:
+    """The same in parts: the interpreter's lock is free in between, so a thread that makes much of it holds up none."""
+    parts: list[bytes] = []
+    _add_json(value, parts)
+    return b"".join(parts)
+
+
+def _add_json(value: Any, parts: list[bytes]) -> None:
+    if isinstance(value, msgspec.Struct) and not value.__struct_config__.omit_defaults:
+        fields = zip(value.__struct_encode_fields__, value.__struct_fields__, strict=True)
+        before = b"{"
+        for name, field in fields:
+            inner = getattr(value, field)
+            if inner is not msgspec.UNSET:
+                parts.append(before + json_bytes(name) + b":")
+                _add_json(inner, parts)
+                before = b","
+        parts.append(b"}" if before == b"," else b"{}")
+    elif isinstance(value, list) and value:
+        several = 1 if isinstance(value[0], msgspec.Struct) and len(value) < _PART else _PART
+        for i in range(0, len(value), several):
+            parts.append(b"," if i else b"[")
+            if several == 1:
+                _add_json(value[i], parts)
+            else:
+                parts.append(json_bytes(value[i : i + several])[1:-1])
+        parts.append(b"]")
+    else:
+        parts.append(json_bytes(value))
 
 
 def error_event(error: ApiError) -> bytes:
