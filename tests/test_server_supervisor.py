@@ -24,6 +24,8 @@ from hypothesis import strategies as st
 
 from jitgraph.errors import ConfigError
 from jitgraph.ipc.messages import Beat, Ready, StartPhase
+from jitgraph.ipc.sockets import listen
+from jitgraph.server import tether
 from jitgraph.server.client import EngineClient, EngineGone
 from jitgraph.server.routing import CLEARLY_BUSIER, KEY_TOKENS, LEAST_TOKENS, Candidate, choose
 from jitgraph.server.runtime_folder import RuntimeFolder, remove_stale
@@ -374,6 +376,7 @@ def test_the_death_of_the_parent_ends_the_engine(short_path: Path, stopped: bool
     parent.wait()
     eventually(lambda: not is_there(engine_pid))
     parent.stdout.close()
+    eventually(lambda: not (short_path / "s" / "engine.sock").exists())
 
 
 # ---------------------------------------------------------------------------------------------------------- a live one
@@ -768,11 +771,38 @@ def test_beginnings_are_spread_and_salts_kept_apart() -> None:
     assert turns == dict.fromkeys(range(4), 2), "short prompts take turns"
 
 
+def test_a_socket_that_somebody_listens_at_is_left_alone(socket_path: Path) -> None:
+    tether.remove_dead(str(socket_path))
+    with listen(socket_path):
+        tether.remove_dead(str(socket_path))
+        assert socket_path.exists()
+    tether.remove_dead(str(socket_path))
+    assert not socket_path.exists()
+    link = socket_path.with_name("link")
+    for other in (socket_path, link):
+        other.symlink_to(link) if other is link else other.write_text("mine")
+        tether.remove_dead(str(other))
+        assert other.is_symlink() or other.read_text() == "mine", "what is no socket is never removed"
+        other.unlink()
+
+
+def test_a_tether_of_another_version_does_nothing(socket_path: Path) -> None:
+    """A server that runs while its installation is replaced starts the new one with the old arguments."""
+    mine = socket_path.with_name("program")
+    mine.write_text("mine")
+    command = [sys.executable, "-I", "-S", str(tether.__file__), str(os.getpid()), str(mine), "-c", "pass"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert done.returncode == tether.NOT_FOUND and "another version" in done.stderr
+    assert mine.read_text() == "mine"
+    mine.unlink()
+
+
 def test_what_an_earlier_engine_left_is_in_nobodys_way(socket_path: Path) -> None:
     process = spawn_engine(fake(), socket_path, lambda line: None)
     eventually(socket_path.exists)
     process.kill()
     process.wait(PATIENCE_S)
+    listen(socket_path).close()
     assert socket_path.exists()
 
     async def act(supervisor: Supervisor) -> None:

@@ -33,10 +33,12 @@ _LAST_WORDS_S = 1.0
 class EngineProcess:
     """A started process, leader of its own session: a terminal's Ctrl-C reaches its parent alone, which decides."""
 
-    def __init__(self, command: Sequence[str], say: Callable[[str], None], threads: int | None = None) -> None:
+    def __init__(
+        self, command: Sequence[str], say: Callable[[str], None], threads: int | None = None, socket: str = ""
+    ) -> None:
         """Starts it; ``say`` gets each line of its output, in a thread of its own, and must not wait: the process would
         wait, too, once its pipe is full. ``threads``: for its work on the CPU, unless the user has said how many; None
-        leaves that to PyTorch.
+        leaves that to PyTorch. ``socket``: the file of the socket that it may leave when it is killed.
 
         Raises:
             ConfigError: it cannot be started.
@@ -44,6 +46,7 @@ class EngineProcess:
         self._command = list(command)
         self._say = say
         self._threads = threads
+        self._socket = socket
         self._lines: deque[str] = deque(maxlen=TAIL_LINES)
         self._lock = threading.Lock()
         self._callbacks: list[Callable[[], None]] = []
@@ -61,6 +64,7 @@ class EngineProcess:
 
     def _keep(self) -> None:
         shim = [sys.executable, "-I", "-S", str(tether.__file__), str(os.getpid())]
+        shim.append(f"{tether.SOCKET}={self._socket}")
         try:
             process = subprocess.Popen(
                 [*shim, *self._command],
@@ -166,7 +170,7 @@ def spawn_engine(
     if say is None:
         write = LineWriter()
         say = lambda line: write(f"engine: {line}")  # noqa: E731
-    return EngineProcess([*command, "--socket", str(socket_path)], say, threads)
+    return EngineProcess([*command, "--socket", str(socket_path)], say, threads, str(socket_path))
 
 
 def threads_for(cores: int, engines: int) -> int:
