@@ -73,17 +73,19 @@ def serve(
 
     shared.config()  # what is wrong with these is said at once, not by an engine that has to be started for it
     key = server_api_key()
+    targets = devices(device, engines)
     settings = ServerSettings(
         served_names=tuple(served_model_name or ()),
         api_keys=tuple(api_key or ([key] if key else ())),
         allowed_origins=tuple(allowed_origin or ()),
         request_timeout_s=request_timeout,
+        max_answers=len(targets) * (shared.max_streams + shared.max_queued),
         chat_template=None if chat_template is None else _read(chat_template),
     )
     code = run(
         ServeOptions(
             model=model,
-            commands=tuple(engine_command(model, one, shared) for one in devices(device, engines)),
+            commands=tuple(engine_command(model, one, shared) for one in targets),
             host=host,
             port=port,
             allow_public=allow_public,

@@ -16,9 +16,13 @@ from server_fakes import (
     ask,
     chat,
     complete,
+    http_bytes,
     ids_of,
     logprobs_of,
     make_site,
+    read_all,
+    served,
+    wait_until,
     with_params,
 )
 
@@ -151,6 +155,36 @@ def test_several_prompts(site: Site) -> None:
     refusal(complete(site, prompt=[2048]), "prompt")
     refusal(complete(site, prompt=[-1]), "prompt")
     refusal(complete(site, prompt="", add_special_tokens=False), "prompt")
+
+
+def test_what_can_never_fit_is_refused_for_good() -> None:
+    """To try again later would not help, so it is no 429."""
+    site = make_site(max_answers=5)
+    for reply, param in (
+        (chat(site, n=6), "n"),
+        (complete(site, n=6), "n"),
+        (complete(site, prompt=["x"] * 6), "prompt"),
+        (complete(site, prompt=["x"] * 2, n=3), "n"),
+        (complete(site, prompt=[5], n=6), "n"),
+    ):
+        error = refusal(reply, param)
+        assert error["code"] == "too_large" and "5 answers are possible at once" in error["message"]
+    assert site.engine.asked == []
+    assert chat(site, n=5).status == complete(site, prompt=["x"] * 5).status == 200
+
+
+def test_answers_are_let_in_together_or_not_at_all() -> None:
+    engine = FakeEngine()
+    engine.pause_s = 0.05
+    with served(engine, max_answers=3) as site, site.connect() as connection:
+        connection.sendall(http_bytes("/v1/completions", {"prompt": "x", "n": 2}, "Connection: close"))
+        wait_until(lambda: len(engine.asked) == 2)
+        reply = site.post("/v1/completions", {"prompt": "x", "n": 2})
+        assert reply.status_code == 429 and reply.headers["retry-after"] == "1"
+        assert "2 of 3" in reply.json()["error"]["message"] and len(engine.asked) == 2
+        assert site.post("/v1/completions", {"prompt": "x"}).status_code == 200  # one alone fits
+        assert b"200 OK" in read_all(connection)
+        wait_until(lambda: site.post("/v1/completions", {"prompt": "x", "n": 3}).status_code == 200)
 
 
 def test_stop_strings(site: Site) -> None:

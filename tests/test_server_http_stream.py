@@ -295,6 +295,29 @@ def test_a_client_that_does_not_read_is_given_up() -> None:
         connection.close()
 
 
+def test_what_a_client_does_not_read_of_several_answers_stays_with_their_streams() -> None:
+    """The engine's client counts it there, and ends what is far too much; nothing in between piles up."""
+    engine = FakeEngine(max_model_len=2**30)
+    engine.endless = lambda asked: MUCH
+    engine.pause_s = 1e-4
+    with served(engine) as site:
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", site.port))
+        connection.sendall(http_bytes("/v1/completions", {"prompt": "x", "n": 2, "stream": True, "max_tokens": 10**7}))
+        wait_until(lambda: len(engine.asked) == 2 and all(asked.sent for asked in engine.asked))
+
+        def stands_still() -> bool:
+            sent = [asked.sent for asked in engine.asked]
+            time.sleep(0.25)
+            return sent == [asked.sent for asked in engine.asked]
+
+        wait_until(stands_still)
+        assert not any(asked.cancelled.is_set() for asked in engine.asked)
+        connection.close()
+        wait_until(lambda: all(asked.cancelled.is_set() for asked in engine.asked))
+
+
 def test_a_slow_reader_holds_up_nobody_else() -> None:
     engine = FakeEngine(max_model_len=2**30)
     engine.endless = lambda asked: MUCH if len(asked.ids) == 1 else []

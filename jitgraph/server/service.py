@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from jitgraph.errors import CheckpointError
@@ -66,6 +67,7 @@ class Service:
         self.texts = texts
         self.started = int(time.time())
         self.open_requests = 0
+        self._open_answers = 0
         self._engine_name = ""
 
     def link(self) -> EngineLink:
@@ -105,6 +107,24 @@ class Service:
             return Serving(link, await self.texts.of(link.facts), names[0])
         except CheckpointError as error:
             raise from_user_error(error) from error
+
+    @contextmanager
+    def room_for(self, answers: int) -> Iterator[None]:
+        """Counts the answers of a request while they are made. Several are let in together or not at all: an engine
+        that refuses one of them would have worked on the others for nothing.
+
+        Raises:
+            ApiError: 429; there is no room for all of them now.
+        """
+        most, taken = self.settings.max_answers, self._open_answers
+        if answers > 1 and most is not None and taken + answers > most:
+            why = f"there is no room for {answers} more answers: {taken} of {most} are being made or wait already"
+            raise ApiError(429, why, None, "rate_limit_exceeded", 1.0)
+        self._open_answers += answers
+        try:
+            yield
+        finally:
+            self._open_answers -= answers
 
     def endpoint(self, route: str, answer: Callable[[Exchange], Awaitable[None]], work: bool = True) -> Endpoint:
         """An ASGI endpoint; ``work`` counts towards ``max_open_requests``."""

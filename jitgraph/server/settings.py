@@ -56,6 +56,8 @@ class ServerSettings:
     """Most prompts of one completions request."""
     max_streams_per_request: int = 64
     """Most prompts times answers."""
+    max_answers: int | None = None
+    """Answers that all engines together make or let wait, as they were told; None leaves it to them to refuse."""
     max_stops: int = 16
     """Most stop strings."""
     max_stop_chars: int = 1024
