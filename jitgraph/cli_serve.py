@@ -36,6 +36,10 @@ def serve(
         list[str] | None,
         typer.Option(help="Origin (https://host:port) whose pages may use the server; `*` is any; may be repeated."),
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Name under which a server without a key may be asked too; `*` is any; may be repeated."),
+    ] = None,
     served_model_name: Annotated[
         list[str] | None, typer.Option(help="Name that clients ask for, instead of the model's; may be repeated.")
     ] = None,
@@ -78,6 +82,7 @@ def serve(
         served_names=tuple(served_model_name or ()),
         api_keys=tuple(api_key or ([key] if key else ())),
         allowed_origins=tuple(allowed_origin or ()),
+        allowed_hosts=tuple(allowed_host or ()),
         request_timeout_s=request_timeout,
         max_answers=len(targets) * (shared.max_streams + shared.max_queued),
         chat_template=None if chat_template is None else _read(chat_template),

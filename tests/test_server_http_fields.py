@@ -206,6 +206,17 @@ def test_stop_strings(site: Site) -> None:
     assert complete(site, **whole).json["choices"][0]["text"] == "Hello there"
 
 
+def test_what_asks_for_nothing_is_taken(site: Site) -> None:
+    assert params_of(site, top_k=-1).top_k == params_of(site, top_k=0).top_k == 0
+    assert chat(site, top_logprobs=0).json["choices"][0]["logprobs"] is None
+    assert chat(site, top_logprobs=0, logprobs=False).status == 200
+    assert chat(site, tool_choice="none").status == chat(site, tool_choice="none", tools=[]).status == 200
+    for choice in ("auto", "required"):
+        for more in ({}, {"tools": []}, {"tools": None}):
+            error = refusal(chat(site, tool_choice=choice, **more), "tool_choice")
+            assert error["message"] == "tool_choice is only possible with tools"
+
+
 def test_stop_token_ids_and_ignore_eos(site: Site) -> None:
     comma = ids_of(TEXT).index(ids_of(",")[0])
     site.engine.answer = lambda asked: ids_of(TEXT)[: comma + 1]
@@ -223,7 +234,7 @@ def test_stop_token_ids_and_ignore_eos(site: Site) -> None:
         ("temperature", "0.5"),
         ("top_p", 0),
         ("top_p", 1.5),
-        ("top_k", -1),
+        ("top_k", -2),
         ("top_k", 2**31),
         ("top_k", 0.01),
         ("min_p", 2),

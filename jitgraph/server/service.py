@@ -6,6 +6,7 @@ Event loop's thread.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from jitgraph.ipc.messages import EngineFacts
 from jitgraph.server.auth import Caller
 from jitgraph.server.backend import Backend, EngineLink
 from jitgraph.server.exchange import ClientGone, Exchange, Receive, Scope, Send
-from jitgraph.server.openai.errors import ApiError, from_user_error, internal, unavailable
+from jitgraph.server.openai.errors import ApiError, engine_lost, from_user_error, internal, unavailable
 from jitgraph.server.records import RequestRecord
 from jitgraph.server.settings import ServerSettings
 from jitgraph.server.texts import Texts, TextSource
@@ -68,6 +69,9 @@ class Service:
         self.started = int(time.time())
         self.open_requests = 0
         self._open_answers = 0
+        self.start_s = 0.0
+        """What the first start of an engine took, as it was seen from here; 0 until then."""
+        self._lost_at_s = -math.inf
         self._engine_name = ""
 
     def link(self) -> EngineLink:
@@ -78,8 +82,24 @@ class Service:
         """
         state, client = self.backend.state, self.backend.client
         if state != "ready" or client is None:
-            raise unavailable(self.backend.retry_after_s, _WHY.get(state, "no engine is ready"))
+            raise unavailable(self._retry_after_s, _WHY.get(state, "no engine is ready"))
         return client
+
+    @property
+    def _retry_after_s(self) -> float:
+        """When an engine may be there: just after a crash nothing has been started that could be measured, and it will
+        take what it took before."""
+        left_s = self._lost_at_s + self.start_s - time.monotonic()
+        return max(self.backend.retry_after_s, left_s)
+
+    def lost(self) -> ApiError:
+        """An engine ended while it worked on a request."""
+        backend = self.backend
+        if backend.state in ("draining", "stopped", "failed"):
+            return engine_lost(backend.retry_after_s, comes_back=False)
+        if backend.client is None and time.monotonic() > self._lost_at_s + self.start_s:
+            self._lost_at_s = time.monotonic()
+        return engine_lost(backend.retry_after_s if backend.client is not None else self._retry_after_s)
 
     def names(self, facts: EngineFacts) -> tuple[str, ...]:
         """Names under which the model can be asked for."""
@@ -175,5 +195,5 @@ class Endpoint:
 
     async def _fail(self, exchange: Exchange, error: ApiError) -> None:
         if error.body.code == "engine_lost":
-            error.retry_after_s = self._service.backend.retry_after_s
+            error = self._service.lost()
         await exchange.send_error(error)

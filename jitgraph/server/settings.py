@@ -29,6 +29,9 @@ class ServerSettings:
     """Names under which clients find the model; the first is the one that answers carry. Empty: the engine's name."""
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     """Any of them opens every route; empty: no key is wanted."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names under which the server may be asked where no key is wanted, besides this machine's own; ``*`` is any, and
+    empty too."""
     allowed_origins: tuple[str, ...] = ()
     """Origins (``https://host:port``) whose pages may use the server from a browser; ``*`` is any."""
     chat_template: str | None = None

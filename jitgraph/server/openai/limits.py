@@ -86,7 +86,7 @@ def check_chat(request: ChatRequest, caps: ServerSettings) -> None:
     check_answers(1, request.n or 1, caps)
     check_conversation(request.messages, request.tools, caps)
     between("top_logprobs", request.top_logprobs, 0, caps.max_logprobs)
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:  # 0 asks for nothing
         raise bad_request("top_logprobs is only possible with logprobs: true", "top_logprobs", "invalid_value")
 
 
