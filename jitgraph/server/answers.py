@@ -144,6 +144,7 @@ class Answers:
             ApiError: the engine is gone, or cannot be sent these ids.
         """
         self.plan = plan
+        record.n = plan.n
         self.all: list[Answer] = []
         self._open = 0
         self._queue: asyncio.Queue[tuple[int, Tokens | Exception]] | None = None
