@@ -37,6 +37,10 @@ def serve(
         list[str] | None,
         typer.Option(help="Origin (https://host:port) whose pages may use the server; `*` is any; may be repeated."),
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Name under which a server without a key may be asked too; `*` is any; may be repeated."),
+    ] = None,
     served_model_name: Annotated[
         list[str] | None, typer.Option(help="Name that clients ask for, instead of the model's; may be repeated.")
     ] = None,
@@ -74,17 +78,20 @@ def serve(
 
     shared.config()  # what is wrong with these is said at once, not by an engine that has to be started for it
     key = server_api_key()
+    targets = devices(device, engines)
     settings = ServerSettings(
         served_names=tuple(served_model_name or ()),
         api_keys=tuple(api_key or ([key] if key else ())),
         allowed_origins=tuple(allowed_origin or ()),
+        allowed_hosts=tuple(allowed_host or ()),
         request_timeout_s=request_timeout,
+        max_answers=len(targets) * (shared.max_streams + shared.max_queued),
         chat_template=None if chat_template is None else _read(chat_template),
     )
     code = run(
         ServeOptions(
             model=model,
-            commands=tuple(engine_command(model, one, shared) for one in devices(device, engines)),
+            commands=tuple(engine_command(model, one, shared) for one in targets),
             host=host,
             port=port,
             allow_public=allow_public,

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families as parse_text
+from server_fakes import chat, make_site
 
 from jitgraph.engine.report import counters
 from jitgraph.errors import ConfigError
@@ -251,6 +252,21 @@ def test_a_request_that_was_refused_is_no_sequence_that_ended() -> None:
     assert value(metrics, "http_requests_total", route="/v1/completions", status="429") == 1
     assert value(metrics, "request_success_total", finished_reason="error") == 0
     assert value(metrics, "prompt_tokens_total") == 0
+
+
+def test_the_longest_answer_to_a_prompt() -> None:
+    metrics = ServerMetrics("tiny")
+    for lengths in ((3,), (2, 5, 1), (4, 4, 9)):  # of the last one, an answer is cut off
+        record = RequestRecord("r", "/v1/completions", n=len(lengths))
+        for tokens in lengths * 2:  # two prompts
+            news = Tokens(1, (5,) * tokens, (1,) * tokens, (), "cancelled" if tokens == 9 else "length")
+            record.begin(7).take(news, 2)
+        record.finish(200)
+        metrics.observe(record)
+    assert total(metrics, "request_max_num_generation_tokens") == (4, 2 * 3 + 2 * 5)
+    records: list[RequestRecord] = []
+    assert chat(make_site(on_request_done=records.append), n=3).status == 200
+    assert [record.n for record in records] == [3]
 
 
 def test_cached_tokens() -> None:
@@ -543,6 +559,7 @@ def test_the_names_dashboards_of_vllm_ask_for() -> None:
         "request_decode_time_seconds",
         "request_prompt_tokens",
         "request_generation_tokens",
+        "request_max_num_generation_tokens",
     } <= names
 
 

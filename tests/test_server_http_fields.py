@@ -16,9 +16,13 @@ from server_fakes import (
     ask,
     chat,
     complete,
+    http_bytes,
     ids_of,
     logprobs_of,
     make_site,
+    read_all,
+    served,
+    wait_until,
     with_params,
 )
 
@@ -153,6 +157,36 @@ def test_several_prompts(site: Site) -> None:
     refusal(complete(site, prompt="", add_special_tokens=False), "prompt")
 
 
+def test_what_can_never_fit_is_refused_for_good() -> None:
+    """To try again later would not help, so it is no 429."""
+    site = make_site(max_answers=5)
+    for reply, param in (
+        (chat(site, n=6), "n"),
+        (complete(site, n=6), "n"),
+        (complete(site, prompt=["x"] * 6), "prompt"),
+        (complete(site, prompt=["x"] * 2, n=3), "n"),
+        (complete(site, prompt=[5], n=6), "n"),
+    ):
+        error = refusal(reply, param)
+        assert error["code"] == "too_large" and "5 answers are possible at once" in error["message"]
+    assert site.engine.asked == []
+    assert chat(site, n=5).status == complete(site, prompt=["x"] * 5).status == 200
+
+
+def test_answers_are_let_in_together_or_not_at_all() -> None:
+    engine = FakeEngine()
+    engine.pause_s = 0.05
+    with served(engine, max_answers=3) as site, site.connect() as connection:
+        connection.sendall(http_bytes("/v1/completions", {"prompt": "x", "n": 2}, "Connection: close"))
+        wait_until(lambda: len(engine.asked) == 2)
+        reply = site.post("/v1/completions", {"prompt": "x", "n": 2})
+        assert reply.status_code == 429 and reply.headers["retry-after"] == "1"
+        assert "2 of 3" in reply.json()["error"]["message"] and len(engine.asked) == 2
+        assert site.post("/v1/completions", {"prompt": "x"}).status_code == 200  # one alone fits
+        assert b"200 OK" in read_all(connection)
+        wait_until(lambda: site.post("/v1/completions", {"prompt": "x", "n": 3}).status_code == 200)
+
+
 def test_stop_strings(site: Site) -> None:
     assert chat(site, stop="re,").json["choices"][0]["message"]["content"] == "Hello the"  # inside tokens
     reply = chat(site, stop=["friend", "there"])
@@ -172,6 +206,17 @@ def test_stop_strings(site: Site) -> None:
     assert complete(site, **whole).json["choices"][0]["text"] == "Hello there"
 
 
+def test_what_asks_for_nothing_is_taken(site: Site) -> None:
+    assert params_of(site, top_k=-1).top_k == params_of(site, top_k=0).top_k == 0
+    assert chat(site, top_logprobs=0).json["choices"][0]["logprobs"] is None
+    assert chat(site, top_logprobs=0, logprobs=False).status == 200
+    assert chat(site, tool_choice="none").status == chat(site, tool_choice="none", tools=[]).status == 200
+    for choice in ("auto", "required"):
+        for more in ({}, {"tools": []}, {"tools": None}):
+            error = refusal(chat(site, tool_choice=choice, **more), "tool_choice")
+            assert error["message"] == "tool_choice is only possible with tools"
+
+
 def test_stop_token_ids_and_ignore_eos(site: Site) -> None:
     comma = ids_of(TEXT).index(ids_of(",")[0])
     site.engine.answer = lambda asked: ids_of(TEXT)[: comma + 1]
@@ -189,7 +234,7 @@ def test_stop_token_ids_and_ignore_eos(site: Site) -> None:
         ("temperature", "0.5"),
         ("top_p", 0),
         ("top_p", 1.5),
-        ("top_k", -1),
+        ("top_k", -2),
         ("top_k", 2**31),
         ("top_k", 0.01),
         ("min_p", 2),

@@ -161,6 +161,16 @@ def test_overload_is_429_and_the_client_tries_again() -> None:
         assert len(engine.asked) == tries + 2
 
 
+def test_an_answer_whose_time_was_over_is_not_asked_for_again() -> None:
+    engine = FakeEngine()
+    engine.refuse = RequestRefused("deadline", "this request was not done within the 1 s that it was given")
+    with served(engine) as site:
+        with pytest.raises(openai.UnprocessableEntityError) as caught:
+            site.openai(max_retries=2).chat.completions.create(model=MODEL, messages=MESSAGES)
+        assert caught.value.code == "deadline_exceeded" and caught.value.type == "timeout_error"
+        assert len(engine.asked) == 1
+
+
 def _loop_of(site: Served) -> asyncio.AbstractEventLoop:
     [server] = site.server.servers
     return server.get_loop()

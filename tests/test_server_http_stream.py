@@ -18,6 +18,7 @@ from server_fakes import (
     MODEL,
     PATIENCE_S,
     TOKENIZER,
+    FakeBackend,
     FakeEngine,
     Site,
     chat,
@@ -33,7 +34,11 @@ from server_fakes import (
 from text_tokenizers import byte_level_backend, llama_backend, write_folder
 
 from jitgraph.server.client_errors import RequestRefused
+from jitgraph.server.openai.errors import ApiError
 from jitgraph.server.openai.sse import json_bytes
+from jitgraph.server.service import Service
+from jitgraph.server.settings import ServerSettings
+from jitgraph.server.texts import TextSource
 from jitgraph.text.detokenize import IncrementalDetokenizer
 from jitgraph.text.tokenizer import Tokenizer
 
@@ -178,7 +183,7 @@ def lines_of_until(connection: socket.socket, last: bytes) -> Any:
         ("capacity", 400, "capacity_exceeded"),
         ("overloaded", 429, "rate_limit_exceeded"),
         ("draining", 503, "engine_unavailable"),
-        ("deadline", 408, "deadline_exceeded"),
+        ("deadline", 422, "deadline_exceeded"),
         ("internal", 500, "engine_error"),
     ],
 )
@@ -209,6 +214,47 @@ def test_an_engine_that_ends_in_mid_stream_is_an_event(fields: Any) -> None:
     assert (whole.status, whole.error["code"], whole.headers["retry-after"]) == (503, "engine_lost", "7")
     site.engine.gone = "the connection has ended"
     assert chat(site).status == 503
+
+
+def test_an_engine_that_ends_while_the_server_does_is_not_promised_again() -> None:
+    engine = FakeEngine()
+    engine.die_after = 2
+    site = make_site(engine)
+    for state, promised in (("ready", True), ("restarting", True), ("draining", False), ("stopped", False)):
+        site.backend.state = "ready"
+        end = engine.answer
+
+        def leave(asked: Any, state: str = state, end: Any = end) -> Any:
+            site.backend.state = state
+            return end(asked)
+
+        engine.answer = leave
+        reply = complete(site)
+        assert (reply.status, reply.error["code"]) == (503, "engine_lost")
+        assert ("it is being restarted" in reply.error["message"]) is promised
+        engine.answer = end
+
+
+def test_after_a_crash_the_first_start_says_when_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one has not begun yet, so there is nothing else to go by."""
+    backend = FakeBackend(FakeEngine(), retry_after_s=0.0)
+    service = Service(backend, ServerSettings(), TextSource(ServerSettings()))
+    assert service.lost().retry_after_s == 0.0  # another engine is there
+    service.start_s = 6.0
+    backend.client = None
+    now_s = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    assert service.lost().retry_after_s == 6.0
+    now_s += 2.0
+    assert service.lost().retry_after_s == 4.0  # all its requests tell of one crash
+    with pytest.raises(ApiError) as caught:
+        service.link()
+    assert caught.value.retry_after_s == 4.0
+    now_s += 60.0
+    backend.retry_after_s = 1.5
+    with pytest.raises(ApiError) as later:
+        service.link()
+    assert later.value.retry_after_s == 1.5
 
 
 def test_a_request_that_the_engine_withdraws_is_an_error() -> None:
@@ -293,6 +339,29 @@ def test_a_client_that_does_not_read_is_given_up() -> None:
         wait_until(lambda: site.site.records)
         assert site.site.records[-1].sequences[0].finish_reason == "cancelled"
         connection.close()
+
+
+def test_what_a_client_does_not_read_of_several_answers_stays_with_their_streams() -> None:
+    """The engine's client counts it there, and ends what is far too much; nothing in between piles up."""
+    engine = FakeEngine(max_model_len=2**30)
+    engine.endless = lambda asked: MUCH
+    engine.pause_s = 1e-4
+    with served(engine) as site:
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", site.port))
+        connection.sendall(http_bytes("/v1/completions", {"prompt": "x", "n": 2, "stream": True, "max_tokens": 10**7}))
+        wait_until(lambda: len(engine.asked) == 2 and all(asked.sent for asked in engine.asked))
+
+        def stands_still() -> bool:
+            sent = [asked.sent for asked in engine.asked]
+            time.sleep(0.25)
+            return sent == [asked.sent for asked in engine.asked]
+
+        wait_until(stands_still)
+        assert not any(asked.cancelled.is_set() for asked in engine.asked)
+        connection.close()
+        wait_until(lambda: all(asked.cancelled.is_set() for asked in engine.asked))
 
 
 def test_a_slow_reader_holds_up_nobody_else() -> None:

@@ -256,7 +256,7 @@ def test_an_answer_may_have_a_time_limit() -> None:
     assert [asked.timeout_s for asked in site.engine.asked] == [12.5, 12.5]
     site.engine.refuse = RequestRefused("deadline", "this request was not done within the 12.5 s", 0.0)
     for reply in (chat(site), complete(site, stream=True)):
-        assert (reply.status, reply.error["code"], reply.error["type"]) == (408, "deadline_exceeded", "timeout_error")
+        assert (reply.status, reply.error["code"], reply.error["type"]) == (422, "deadline_exceeded", "timeout_error")
     plain = make_site()
     chat(plain)
     assert plain.engine.asked[0].timeout_s == 0.0

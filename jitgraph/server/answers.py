@@ -144,6 +144,7 @@ class Answers:
             ApiError: the engine is gone, or cannot be sent these ids.
         """
         self.plan = plan
+        record.n = plan.n
         self.all: list[Answer] = []
         self._open = 0
         self._queue: asyncio.Queue[tuple[int, Tokens | Exception]] | None = None
@@ -158,7 +159,8 @@ class Answers:
             raise _as_api_error(error) from error
         self._open = len(self.all)
         if self._open > 1:
-            self._queue = asyncio.Queue()
+            # One record of each: what the client does not read stays where ``MAX_UNREAD`` counts it.
+            self._queue = asyncio.Queue(self._open)
             self._pumps = [asyncio.ensure_future(self._pump(answer)) for answer in self.all]
 
     def _submit(
@@ -177,13 +179,13 @@ class Answers:
         assert self._queue is not None
         try:
             async for news in answer.source:
-                self._queue.put_nowait((answer.index, news))
+                await self._queue.put((answer.index, news))
                 if news.finish_reason is not None:
                     return
             raise _no_end()
         except Exception as error:
             if answer.finish_reason is None:
-                self._queue.put_nowait((answer.index, error))
+                await self._queue.put((answer.index, error))
 
     async def next(self) -> tuple[Answer, Delta] | None:
         """What comes next of any answer; None once all have ended.

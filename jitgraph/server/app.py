@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -130,8 +131,10 @@ def _lifespan(service: Service) -> Callable[[Starlette], Any]:
 
 async def _prepare(service: Service) -> None:
     """Loads the tokenizer as soon as an engine is there, so that the first request finds it."""
+    begun_s = time.monotonic()
     while service.backend.client is None:
         await asyncio.sleep(_LOOK_FOR_ENGINE_S)
+    service.start_s = time.monotonic() - begun_s
     client = service.backend.client
     if client is not None:
         try:

@@ -15,6 +15,7 @@ from jitgraph.server import page
 from jitgraph.server.auth import ANONYMOUS, Caller, Keys, is_basic
 from jitgraph.server.cors import Cors
 from jitgraph.server.exchange import Receive, Scope, Send, discard_body
+from jitgraph.server.hosts import Hosts
 from jitgraph.server.openai.errors import ApiError
 from jitgraph.server.records import RequestRecord
 from jitgraph.server.service import Passage
@@ -41,6 +42,7 @@ class Gate:
         self._browser_paths = frozenset(browser_paths)
         self._settings = settings
         self._keys = Keys(settings.api_keys)
+        self._hosts = Hosts(() if settings.api_keys else settings.allowed_hosts)
         self._cors = Cors(settings.allowed_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,6 +68,7 @@ class Gate:
         try:
             try:
                 self._check_head(scope)
+                self._hosts.check(headers.get(b"host"))
                 if (preflight := self._cors.preflight(scope["method"], headers)) is not None:
                     await send({"type": "http.response.start", "status": 204, "headers": preflight})
                     await send({"type": "http.response.body", "body": b""})

@@ -109,6 +109,11 @@ class ServerMetrics:
             if reason is None and not sequence.completion_tokens and record.status >= 400:
                 continue  # refused: it never ran, and the HTTP status says so
             self._counters["request_success_total"].add((_FINISHED.get(reason) or str(reason),))
+        for first in range(0, len(record.sequences), record.n):
+            answers = record.sequences[first : first + record.n]
+            if all(answer.completed for answer in answers):
+                longest = max(answer.completion_tokens for answer in answers)
+                self._observe("request_max_num_generation_tokens", longest)
 
     def _observe_times(self, record: RequestRecord, sequence: SequenceRecord) -> None:
         histograms = self._histograms

@@ -14,12 +14,13 @@ _PREFIX = "#/components/schemas/{name}"
 _FAILURES = {
     "400": "The request is wrong; ``param`` names the field.",
     "401": "No API key, or a wrong one.",
-    "403": "A page of another site asks with the password that a browser keeps.",
+    "403": "Another site's page asks with the password that a browser keeps, or by a name that is not this server's.",
     "404": "No such model or route.",
     "405": "The route exists and takes another method.",
-    "408": "The body did not arrive in time, or the answer was not done in the time that the server gives it.",
+    "408": "The body did not arrive in time.",
     "413": "The body is too large.",
     "415": "The body is not JSON.",
+    "422": "The answer was not done in the time that the server gives it.",
     "429": "The queue is full; Retry-After says when to ask again.",
     "431": "Too many headers, or too large ones.",
     "500": "A defect of the server or of the checkpoint.",
@@ -57,7 +58,7 @@ def description() -> dict[str, Any]:
         answer: dict[str, Any] = {"application/json": {"schema": of[reply]}}
         if streams:
             answer["text/event-stream"] = {"schema": _EVENT}
-        failures: tuple[str, ...] = (*_OF_ALL, "400", "403", "408", "413", "415", "429", "503")
+        failures: tuple[str, ...] = (*_OF_ALL, "400", "403", "408", "413", "415", "422", "429", "503")
         body = {"required": True, "content": {"application/json": {"schema": of[request]}}}
         paths[path] = {"post": {"summary": summary, "requestBody": body, **_responses(answer, failures, of)}}
     for path, summary, found, failures in _GETS:

@@ -162,6 +162,8 @@ class RequestRecord:
     finished_ns: int = 0
     """When the response had been sent or given up."""
     sequences: list[SequenceRecord] = field(default_factory=list)
+    n: int = 1
+    """Sequences of each prompt; those of one stand beside each other."""
 
     def begin(self, prompt_tokens: int) -> SequenceRecord:
         """A new sequence, handed to the engine now."""

@@ -23,7 +23,7 @@ from socket import socket
 import uvloop
 
 from jitgraph.lines import LineHandler, LineWriter
-from jitgraph.server.address import bound_socket, check_address, url_of
+from jitgraph.server.address import bound_socket, check_address, is_loopback, url_of
 from jitgraph.server.app import create_app
 from jitgraph.server.idle_gc import IdleCollector
 from jitgraph.server.listen import make_server
@@ -73,6 +73,12 @@ class ServeOptions:
     def label(self) -> str:
         """The model in metrics: by the first name that clients know, as dashboards expect."""
         return self.settings.served_names[0] if self.settings.served_names else self.model
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Names under which it may be asked: where only this machine reaches it, its own and those that were given."""
+        given = self.settings.allowed_hosts
+        return (self.host, *given) if given or is_loopback(self.host) else ()
 
 
 def serve(options: ServeOptions) -> int:
@@ -128,7 +134,7 @@ class FrontEnd:
         async def scrape(_: str = "") -> tuple[bytes, str]:
             return await metrics.scrape(self._pool.connected, self._pool.restarts)
 
-        settings = replace(options.settings, on_request_done=done, scrape=scrape)
+        settings = replace(options.settings, on_request_done=done, scrape=scrape, allowed_hosts=options.hosts)
         more = {"log_level": "warning", "proxy_headers": False}
         app = create_app(self._pool, settings, routes=page_routes(self._pool, settings))
         self._http = make_server(app, settings, options.host, options.port, grace_s=HTTP_GRACE_S, **more)

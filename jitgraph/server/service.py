@@ -6,8 +6,10 @@ Event loop's thread.
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from jitgraph.errors import CheckpointError
@@ -15,7 +17,7 @@ from jitgraph.ipc.messages import EngineFacts
 from jitgraph.server.auth import Caller
 from jitgraph.server.backend import Backend, EngineLink
 from jitgraph.server.exchange import ClientGone, Exchange, Receive, Scope, Send
-from jitgraph.server.openai.errors import ApiError, from_user_error, internal, unavailable
+from jitgraph.server.openai.errors import ApiError, engine_lost, from_user_error, internal, unavailable
 from jitgraph.server.records import RequestRecord
 from jitgraph.server.settings import ServerSettings
 from jitgraph.server.texts import Texts, TextSource
@@ -66,6 +68,10 @@ class Service:
         self.texts = texts
         self.started = int(time.time())
         self.open_requests = 0
+        self._open_answers = 0
+        self.start_s = 0.0
+        """What the first start of an engine took, as it was seen from here; 0 until then."""
+        self._lost_at_s = -math.inf
         self._engine_name = ""
 
     def link(self) -> EngineLink:
@@ -76,8 +82,24 @@ class Service:
         """
         state, client = self.backend.state, self.backend.client
         if state != "ready" or client is None:
-            raise unavailable(self.backend.retry_after_s, _WHY.get(state, "no engine is ready"))
+            raise unavailable(self._retry_after_s, _WHY.get(state, "no engine is ready"))
         return client
+
+    @property
+    def _retry_after_s(self) -> float:
+        """When an engine may be there: just after a crash nothing has been started that could be measured, and it will
+        take what it took before."""
+        left_s = self._lost_at_s + self.start_s - time.monotonic()
+        return max(self.backend.retry_after_s, left_s)
+
+    def lost(self) -> ApiError:
+        """An engine ended while it worked on a request."""
+        backend = self.backend
+        if backend.state in ("draining", "stopped", "failed"):
+            return engine_lost(backend.retry_after_s, comes_back=False)
+        if backend.client is None and time.monotonic() > self._lost_at_s + self.start_s:
+            self._lost_at_s = time.monotonic()
+        return engine_lost(backend.retry_after_s if backend.client is not None else self._retry_after_s)
 
     def names(self, facts: EngineFacts) -> tuple[str, ...]:
         """Names under which the model can be asked for."""
@@ -105,6 +127,24 @@ class Service:
             return Serving(link, await self.texts.of(link.facts), names[0])
         except CheckpointError as error:
             raise from_user_error(error) from error
+
+    @contextmanager
+    def room_for(self, answers: int) -> Iterator[None]:
+        """Counts the answers of a request while they are made. Several are let in together or not at all: an engine
+        that refuses one of them would have worked on the others for nothing.
+
+        Raises:
+            ApiError: 429; there is no room for all of them now.
+        """
+        most, taken = self.settings.max_answers, self._open_answers
+        if answers > 1 and most is not None and taken + answers > most:
+            why = f"there is no room for {answers} more answers: {taken} of {most} are being made or wait already"
+            raise ApiError(429, why, None, "rate_limit_exceeded", 1.0)
+        self._open_answers += answers
+        try:
+            yield
+        finally:
+            self._open_answers -= answers
 
     def endpoint(self, route: str, answer: Callable[[Exchange], Awaitable[None]], work: bool = True) -> Endpoint:
         """An ASGI endpoint; ``work`` counts towards ``max_open_requests``."""
@@ -155,5 +195,5 @@ class Endpoint:
 
     async def _fail(self, exchange: Exchange, error: ApiError) -> None:
         if error.body.code == "engine_lost":
-            error.retry_after_s = self._service.backend.retry_after_s
+            error = self._service.lost()
         await exchange.send_error(error)

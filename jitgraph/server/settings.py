@@ -29,6 +29,9 @@ class ServerSettings:
     """Names under which clients find the model; the first is the one that answers carry. Empty: the engine's name."""
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     """Any of them opens every route; empty: no key is wanted."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names under which the server may be asked where no key is wanted, besides this machine's own; ``*`` is any, and
+    empty too."""
     allowed_origins: tuple[str, ...] = ()
     """Origins (``https://host:port``) whose pages may use the server from a browser; ``*`` is any."""
     chat_template: str | None = None
@@ -56,6 +59,8 @@ class ServerSettings:
     """Most prompts of one completions request."""
     max_streams_per_request: int = 64
     """Most prompts times answers."""
+    max_answers: int | None = None
+    """Answers that all engines together make or let wait, as they were told; None leaves it to them to refuse."""
     max_stops: int = 16
     """Most stop strings."""
     max_stop_chars: int = 1024

@@ -201,12 +201,12 @@ def check_choice(choice: Any, tools: Sequence[Mapping[str, Any]]) -> Choice:
     """
     if choice is None:
         return Choice("auto" if tools else "none")
-    if choice in ("none", "auto"):
-        return Choice(choice)
+    if choice == "none":
+        return Choice("none")
     if not tools:
         raise RequestError("tool_choice is only possible with tools")
-    if choice == "required":
-        return Choice("required")
+    if choice in ("auto", "required"):
+        return Choice(choice)
     function = choice.get("function") if isinstance(choice, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or choice.get("type", "function") != "function":

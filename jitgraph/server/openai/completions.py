@@ -17,7 +17,7 @@ from jitgraph.server.openai.convert import check_ids, grammar_of, prompt_error, 
 from jitgraph.server.openai.decode import decoder_of
 from jitgraph.server.openai.errors import ApiError, bad_request, from_user_error
 from jitgraph.server.openai.generation import Generation, Prepared, Writer, plan_of
-from jitgraph.server.openai.limits import at_most, check_completion
+from jitgraph.server.openai.limits import at_most, check_answers, check_completion
 from jitgraph.server.openai.logprobs import CompletionLogprobWriter
 from jitgraph.server.openai.replies import CompletionChoice, CompletionLogprobs, CompletionReply
 from jitgraph.server.openai.schema import CompletionRequest
@@ -60,6 +60,7 @@ class Completions(Generation[CompletionRequest]):
             ids = await _ids(prompt, request, serving)
             every.append(ids)
             rooms.append(room_for(len(ids), asked, DEFAULT_MAX_TOKENS, facts, caps, "prompt"))
+            check_ids("prompt", ids, facts.vocab_size)
             await asyncio.sleep(0)  # one after the other, each of them short: others have their turn in between
         prompts = [Prompt(ids, await _text(prompt, request, serving)) for ids, prompt in zip(every, given, strict=True)]
         plan = plan_of(
@@ -80,20 +81,16 @@ def prompts_of(prompt: str | list[int | str | list[int]], n: int, caps: ServerSe
     Raises:
         ApiError: 400; none, too many, or a mixture of texts and numbers.
     """
-    if isinstance(prompt, str):
-        return [prompt]
-    ids = [item for item in prompt if isinstance(item, int)]
-    if ids and len(ids) == len(prompt):
-        return [ids]
-    found = [item for item in prompt if not isinstance(item, int)]
-    if ids or not found:
-        what = "a mixture of token ids and prompts" if ids else "empty: give a text or token ids"
+    kinds: set[type] = set() if isinstance(prompt, str) else set(map(type, prompt))
+    if isinstance(prompt, str) or kinds == {int}:
+        check_answers(1, n, caps)
+        return [prompt]  # type: ignore[list-item] # all of it is one kind
+    if not kinds or int in kinds:
+        what = "a mixture of token ids and prompts" if kinds else "empty: give a text or token ids"
         raise bad_request(f"prompt is {what}", "prompt", "invalid_value")
-    at_most("prompt", found, caps.max_prompts, "prompts")
-    if len(found) * n > caps.max_streams_per_request:
-        most = caps.max_streams_per_request
-        raise bad_request(f"prompts times n must be at most {most}", "n", "too_large")
-    return found
+    at_most("prompt", prompt, caps.max_prompts, "prompts")
+    check_answers(len(prompt), n, caps)
+    return list(prompt)  # type: ignore[arg-type] # there is no number in it
 
 
 async def _ids(prompt: str | list[int], request: CompletionRequest, serving: Serving) -> list[int]:
@@ -103,7 +100,6 @@ async def _ids(prompt: str | list[int], request: CompletionRequest, serving: Ser
             most = texts.most_bytes(facts.max_model_len)
             ids = await texts.encode(prompt, request.add_special_tokens is not False, most)
         else:
-            check_ids("prompt", prompt, facts.vocab_size)
             ids = prompt
         if not ids:
             raise RequestError("the prompt is empty: give at least one token")

@@ -37,6 +37,8 @@ def sampling_params(request: Sampled, facts: EngineFacts, max_tokens: int, logpr
         ApiError: 400, naming the field.
     """
     given: dict[str, Any] = {name: getattr(request, name) for name in _GIVEN if getattr(request, name) is not None}
+    if request.top_k == -1:
+        given["top_k"] = 0  # off, in vLLM's word
     if request.logit_bias is not None:
         given["logit_bias"] = _biases(request.logit_bias, facts.vocab_size)
     if request.stop_token_ids is not None:

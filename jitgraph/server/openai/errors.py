@@ -1,7 +1,8 @@
 """Errors as clients of OpenAI's interface expect them: always ``message``, ``type``, ``param`` and ``code``.
 
-Pure. Statuses and codes: 400 ``invalid_request_error``, 401 ``invalid_api_key``, 404 ``model_not_found``, 429 with
-``Retry-After`` where the queue is full, 503 with ``Retry-After`` while no engine takes requests, 500 for defects.
+Pure. Statuses and codes: 400 ``invalid_request_error``, 401 ``invalid_api_key``, 404 ``model_not_found``, 422
+``deadline_exceeded``, 429 with ``Retry-After`` where the queue is full, 503 with ``Retry-After`` while no engine takes
+requests, 500 for defects.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ TYPES = {
     408: "timeout_error",
     413: "invalid_request_error",
     415: "invalid_request_error",
+    422: "timeout_error",
     429: "rate_limit_error",
     431: "invalid_request_error",
     500: "server_error",
@@ -113,10 +115,10 @@ def too_long(limit: int | None, why: str, param: str | None, less: str = "") -> 
     return bad_request(message, param, "context_length_exceeded")
 
 
-def engine_lost(retry_after_s: float) -> ApiError:
-    """The engine ended while it worked on the request."""
-    why = "the engine ended while it was answering: send the request again, it is being restarted"
-    return ApiError(503, why, None, "engine_lost", retry_after_s)
+def engine_lost(retry_after_s: float, comes_back: bool = True) -> ApiError:
+    """The engine ended while it worked on the request; ``comes_back``: this server will have another one."""
+    then = "send the request again, it is being restarted" if comes_back else "the server is shutting down"
+    return ApiError(503, f"the engine ended while it was answering: {then}", None, "engine_lost", retry_after_s)
 
 
 def refused(kind: str, message: str, retry_after_s: float) -> ApiError:
@@ -126,7 +128,8 @@ def refused(kind: str, message: str, retry_after_s: float) -> ApiError:
     if kind == "overloaded":
         return ApiError(429, message, None, "rate_limit_exceeded", retry_after_s or 1.0)
     if kind == "deadline":
-        return ApiError(408, message, None, "deadline_exceeded")
+        # No 408 or 504: clients send such requests again by themselves, and each would take as long.
+        return ApiError(422, message, None, "deadline_exceeded")
     if kind == "draining":
         return unavailable(retry_after_s or 1.0, message)
     return ApiError(500, message, None, "engine_error")

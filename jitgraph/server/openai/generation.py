@@ -104,13 +104,14 @@ class Generation(ABC, Generic[R]):
     async def _answer(self, exchange: Exchange, request: R) -> None:
         serving = await self._service.serving(request.model)
         prepared = await self.prepare(exchange, request, serving)
-        answers = Answers(prepared.plan, serving.link, serving.texts.tokenizer, exchange.record)
-        try:
-            writer = prepared.make_writer(answers)
-            identity = f"{writer.prefix}-{secrets.token_hex(16)}"
-            await (_stream if request.stream else _whole)(exchange, request, answers, writer, serving, identity)
-        finally:
-            answers.close()
+        with self._service.room_for(prepared.plan.answers):
+            answers = Answers(prepared.plan, serving.link, serving.texts.tokenizer, exchange.record)
+            try:
+                writer = prepared.make_writer(answers)
+                identity = f"{writer.prefix}-{secrets.token_hex(16)}"
+                await (_stream if request.stream else _whole)(exchange, request, answers, writer, serving, identity)
+            finally:
+                answers.close()
 
 
 def plan_of(

@@ -30,6 +30,18 @@ def between(param: str, value: int | None, least: int, most: int) -> None:
         raise bad_request(f"{param} must be from {least} to {most}, not {value}", param, "invalid_value")
 
 
+def check_answers(prompts: int, n: int, caps: ServerSettings) -> None:
+    """Refuses more answers than may ever be made at once: to try again later would not help.
+
+    Raises:
+        ApiError: 400, naming ``n`` or ``prompt``.
+    """
+    most = min(caps.max_streams_per_request, caps.max_answers or caps.max_streams_per_request)
+    if prompts * n > most:
+        what = f"prompts times n is {prompts * n}" if prompts > 1 else f"n is {n}"
+        raise bad_request(f"{what}; {most} answers are possible at once", "n" if n > 1 else "prompt", "too_large")
+
+
 def stops_of(request: Sampled) -> tuple[str, ...]:
     """The stop strings as a tuple."""
     if request.stop is None:
@@ -71,9 +83,10 @@ def check_chat(request: ChatRequest, caps: ServerSettings) -> None:
         ApiError: 400, naming the field.
     """
     check_sampled(request, caps)
+    check_answers(1, request.n or 1, caps)
     check_conversation(request.messages, request.tools, caps)
     between("top_logprobs", request.top_logprobs, 0, caps.max_logprobs)
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:  # 0 asks for nothing
         raise bad_request("top_logprobs is only possible with logprobs: true", "top_logprobs", "invalid_value")
 
 
