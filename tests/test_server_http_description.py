@@ -23,7 +23,6 @@ CHECKS = [
     )
 ]
 SCHEMA = schemathesis.openapi.from_dict(description())
-SCHEMA.config.phases.coverage.enabled = False  # some hundred requests a route, for the long runs in benchmarks/
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,7 @@ def running() -> Any:
 
 @SCHEMA.parametrize()
 @settings(
-    max_examples=15,
+    max_examples=20,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture],
 )
