@@ -20,7 +20,8 @@ def bench(
         list[str] | None,
         typer.Argument(
             help="baseline, cuda-graph, jit, hybrid, tensorrt-llm: these five are all, and run where none is named. "
-            "Further: jit-all, split. ablation is every case of this engine."
+            "Further: jit-all, split. ablation is every case of this engine. "
+            "Apart from them, serve URL puts a load on a server: see bench serve -h."
         ),
     ] = None,
     model: Annotated[
