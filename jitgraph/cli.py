@@ -19,6 +19,7 @@ from rich.console import Console
 
 from jitgraph import __version__
 from jitgraph.bench.cli import bench, report
+from jitgraph.bench.load.cli import BenchCommand
 from jitgraph.cli_collect_env import collect_env
 from jitgraph.cli_engine import engine
 from jitgraph.cli_inspect import inspect
@@ -230,7 +231,7 @@ app.command(name="collect-env")(collect_env)
 app.command(name="engine")(engine)
 app.command(name="inspect")(inspect)
 app.command(name="serve")(serve)
-app.command(name="bench")(bench)
+app.command(name="bench", cls=BenchCommand)(bench)
 app.command(name="report")(report)
 
 

@@ -22,7 +22,8 @@ def bench(
         typer.Argument(
             help="baseline, cuda-graph, jit, hybrid, tensorrt-llm: these five are all, and run where none is named. "
             "Further: jit-all, split, hf-compile, hf-graphs, vllm, openai. ablation is every case of this engine, "
-            "peers are the other engines and the hybrid."
+            "peers are the other engines and the hybrid. "
+            "Apart from them, serve URL puts a load on a server: see bench serve -h."
         ),
     ] = None,
     model: Annotated[
@@ -30,7 +31,7 @@ def bench(
         typer.Option(help="Checkpoint folder, hub id or preset. Default: llama-2-7b, on a CPU the bundled model."),
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="checkpoint or random. Default: random where no model is named.")
+        str | None, typer.Option(help="checkpoint or random. Default: random on CUDA where no model is named.")
     ] = None,
     prompt_lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = _LENGTHS,
     ttft_iterations: Annotated[

@@ -1,0 +1,1 @@
+"""What ``benchmarks/load_agreement.py`` is made of."""
