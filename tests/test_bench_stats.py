@@ -114,7 +114,8 @@ def test_defaults_follow_the_device() -> None:
     gpu, cpu = Options().plan("cuda:0"), Options().plan("cpu")
     assert (gpu.model, gpu.weights, gpu.dtype, gpu.p99_iterations) == ("llama-2-7b", "random", "float16", 100)
     assert gpu.pacings == ("interactive", "sustained") and not gpu.quick
-    assert (cpu.model, cpu.dtype, cpu.p99_iterations, cpu.pacings) == ("tiny", "float32", 20, ("interactive",))
+    assert (cpu.model, cpu.weights, cpu.dtype, cpu.p99_iterations) == ("default", "checkpoint", "float32", 20)
+    assert cpu.pacings == ("interactive",)
     assert cpu.quick and not Options(quick=False).plan("cpu").quick
     assert Options(model="folder").plan("cpu").weights == "checkpoint"
     assert Options(p99_iterations=7, pacing="both").plan("cpu").p99_iterations == 7
