@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -25,8 +26,6 @@ from jitgraph.cli import app
 from jitgraph.errors import ConfigError, JitgraphError, OutputError
 
 ROOT = Path(__file__).resolve().parent.parent
-TOLERANCE = 0.02
-TRIES = 5
 
 
 class Load:
@@ -63,34 +62,27 @@ def load(tmp_path: Path) -> Load:
 
 
 @pytest.mark.parametrize(("concurrency", "chat"), [(1, False), (4, True)])
-def test_figures_are_those_of_the_schedule(tmp_path: Path, concurrency: int, chat: bool) -> None:
-    """Medians within 2 % of what the server did, for each definition. A machine with other work disturbs server and
-    client alike, so one undisturbed run of a few is enough."""
-    tokens, schedule = 41, Schedule(ttft_s=0.4, gap_s=0.02)
+def test_figures_follow_from_the_schedule(load: Load, concurrency: int, chat: bool) -> None:
+    """No figure is below what the server's schedule allows, and each is what its definition makes of the raw times. How
+    close they come to the schedule is measured by ``benchmarks/load_agreement.py``: here the machine has other work."""
+    tokens, schedule = 41, Schedule(ttft_s=0.2, gap_s=0.01)
     options = ("--requests", str(3 * concurrency), "--concurrency", str(concurrency), "--output-tokens", str(tokens))
-    e2e_ms = 400 + 40 * 20
-    expected = {
-        "ttft_ms.p50": 400, "tpot_ms.p50": 20, "itl_ms.mean": 20, "e2e_ms.p50": e2e_ms,
-        "output_tokens_per_s": concurrency * tokens / (e2e_ms / 1e3),
-    }  # fmt: skip
-    off: list[dict[str, float]] = []
-    for attempt in range(TRIES):
-        load = Load(tmp_path / str(attempt))
-        with running(schedule) as server:
-            assert load(server.url, *options, *(["--chat"] if chat else [])) == 0
-        found = load.summary
-        assert found["requests"] == {"sent": 3 * concurrency, "ok": 3 * concurrency, "cancelled": 0, "errors": 0}
-        assert found["queue_ms"] is None and found["model"] == MODEL
-        assert all(len(record.token_ms) == tokens == record.tokens for record in load.records)
-        off.append({name: _figure(found, name) / value - 1 for name, value in expected.items()})
-        if all(abs(share) <= TOLERANCE for share in off[-1].values()):
-            return
-    raise AssertionError(f"further off than {TOLERANCE:.0%} in each of {TRIES} runs: {off}")
-
-
-def _figure(found: dict[str, Any], name: str) -> float:
-    first, _, entry = name.partition(".")
-    return float(found[first][entry] if entry else found[first])
+    with running(schedule) as server:
+        assert load(server.url, *options, *(["--chat"] if chat else [])) == 0
+    found, records = load.summary, load.records
+    assert found["requests"] == {"sent": 3 * concurrency, "ok": 3 * concurrency, "cancelled": 0, "errors": 0}
+    assert found["queue_ms"] is None and found["model"] == MODEL
+    assert all(len(record.token_ms) == tokens == record.tokens for record in records)
+    ttft = sorted(record.token_ms[0] for record in records)
+    last = sorted(record.token_ms[-1] for record in records)
+    tpot = sorted((record.token_ms[-1] - record.token_ms[0]) / (tokens - 1) for record in records)
+    assert ttft[0] >= 200 and last[0] >= 200 + 40 * 10, "sooner than the server sends"
+    assert found["ttft_ms"]["p50"] == pytest.approx(statistics.median(ttft), abs=0.01)
+    assert found["tpot_ms"]["p50"] == pytest.approx(statistics.median(tpot), rel=0.05)
+    assert found["itl_ms"]["n"] == len(records) * (tokens - 1)
+    assert found["itl_ms"]["mean"] == pytest.approx(statistics.mean(tpot), rel=0.001)
+    assert found["e2e_ms"]["p50"] >= statistics.median(last) - 0.01
+    assert 0 < found["output_tokens_per_s"] <= concurrency * tokens / 0.6
 
 
 def test_what_is_asked(load: Load) -> None:
