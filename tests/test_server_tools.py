@@ -458,7 +458,7 @@ TOOLS = check_tools([tool("f"), tool("g")])
         (None, [], Choice("none")),
         ("none", TOOLS, Choice("none")),
         ("none", [], Choice("none")),
-        ("auto", [], Choice("auto")),
+        ("auto", TOOLS, Choice("auto")),
         ("required", TOOLS, Choice("required")),
         (tool("g"), TOOLS, Choice("named", "g")),
         ({"function": {"name": "f"}}, TOOLS, Choice("named", "f")),
@@ -473,6 +473,7 @@ def test_choices(choice: Any, tools: list[dict[str, Any]], expected: Choice) -> 
     ("choice", "tools", "message"),
     [
         ("required", [], "only possible with tools"),
+        ("auto", [], "only possible with tools"),
         (tool("f"), [], "only possible with tools"),
         (tool("h"), TOOLS, "function.name: h is not one"),
         ("any", TOOLS, "must be none, auto, required"),

@@ -39,6 +39,8 @@ class CappedProtocol(HttpToolsProtocol):
         """Bytes since the last whole head, part of a body or end of a request: of a head, of trailers, of what stands
         beside the size of a chunk. The parser keeps some of it, and says nothing of the rest."""
         self._in_head = True
+        self._body: list[bytes] = []
+        """Parts of a body that one read has brought so far."""
         self._head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
@@ -61,6 +63,7 @@ class CappedProtocol(HttpToolsProtocol):
         if self._in_head and self._head_timer is None:
             self._start_clock()
         super().data_received(data)
+        self._hand_over_body()
 
     def on_message_begin(self) -> None:
         """A request begins."""
@@ -79,18 +82,25 @@ class CappedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """A part of the body."""
+        """A part of the body. It is handed over with the rest of its read: the smallest chunks are six bytes each, and
+        what is done for each of them others have to wait for."""
         self._unspoken = 0
-        super().on_body(body)
+        self._body.append(body)
 
     def on_message_complete(self) -> None:
         """The next byte belongs to another head."""
+        self._hand_over_body()
         super().on_message_complete()
         self._in_head, self._unspoken = True, 0
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP gets an error in the same form as all others."""
         self._refuse(ApiError(400, "this is no valid HTTP request", None, "invalid_http"))
+
+    def _hand_over_body(self) -> None:
+        if self._body:
+            parts, self._body = self._body, []
+            super().on_body(b"".join(parts))
 
     def _start_clock(self) -> None:
         self._head_timer = self.loop.call_later(self._caps.head_timeout_s, self._late)
