@@ -96,8 +96,15 @@ async def send(client: httpx.AsyncClient, target: Target, ask: Ask, begun_ns: in
     kind = message = None
     outcome = OK
     sent_ns = time.perf_counter_ns()
+
+    async def exchange() -> None:
+        # Stamped here: between wait_for and its task other streams may have their turn.
+        nonlocal sent_ns
+        sent_ns = time.perf_counter_ns()
+        await _read(client, request, answer, sent_ns, ask.cancel_after)
+
     try:
-        await asyncio.wait_for(_read(client, request, answer, sent_ns, ask.cancel_after), target.timeout_s)
+        await asyncio.wait_for(exchange(), target.timeout_s)
         if not answer.done:
             outcome = CANCELLED
     except Failed as failure:
