@@ -1,9 +1,9 @@
 """The clients of one engine process: accepting, greeting, reading, sending, parting. No torch.
 
 One thread at a time owns a hub: before ready the lobby's, then the engine's; another may only broadcast signs of life
-(``broadcast_beside``). Always holds: nothing here waits for a
-client. One that breaks the protocol, or reads nothing for long, loses its own connection, is told why, and disturbs
-nobody else. One that falls behind loses the requests with the most unread news, the largest first, and keeps the rest.
+(``broadcast_beside``). Always holds: nothing here waits for a client. One that breaks the protocol, or reads nothing
+for long, loses its own connection, is told why, and disturbs nobody else. One that falls behind loses the requests with
+the most unread news, the largest first, and keeps the rest.
 """
 
 from __future__ import annotations

@@ -167,10 +167,13 @@ def spawn_engine(
     Raises:
         ConfigError: it cannot be started.
     """
-    if say is None:
-        write = LineWriter()
-        say = lambda line: write(f"engine: {line}")  # noqa: E731
-    return EngineProcess([*command, "--socket", str(socket_path)], say, threads, str(socket_path))
+    write = LineWriter() if say is None else None
+
+    def tell(line: str) -> None:
+        assert write is not None
+        write(f"engine: {line}")
+
+    return EngineProcess([*command, "--socket", str(socket_path)], say or tell, threads, str(socket_path))
 
 
 def threads_for(cores: int, engines: int) -> int:
