@@ -88,34 +88,6 @@ def words_that_count(engine: Engine) -> torch.Tensor:
     return words
 
 
-def test_a_rehearsal_knocks_where_a_prompt_could_be_fired(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Once each, and the device takes no notice of it."""
-    engine = make_engine(device, SPEC, max_model_len=80)
-    knocks, knock = list[None](), engine.runner.knock
-
-    def counted() -> None:
-        knocks.append(None)
-        knock()
-
-    monkeypatch.setattr(engine.runner, "knock", counted)
-    engine.rehearse()
-    assert not knocks, "no prompt has come yet, so none can be rehearsed"
-    expected = fired(engine, prompt(12), params("greedy", 0))
-    arm(engine)
-    numbers = (engine.runner._program.next_step, engine.runner._program.next_launch)
-    before = len(knocks)
-    for _ in range(3):
-        engine.rehearse()
-    assert len(knocks) == before + 3
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    assert numbers == (engine.runner._program.next_step, engine.runner._program.next_launch)
-    assert numbers == (int(engine.buffers["counter"]), int(engine.buffers["launches"]))
-    assert fired(engine, prompt(12), params("greedy", 0)) == expected
-
-
 @pytest.mark.parametrize("kind", PARAMS)
 def test_the_same_bits(pair: tuple[Engine, Engine], kind: str) -> None:
     """Exact and padded, for every setting: the answer, the slot's row on the device, and the books."""

@@ -154,7 +154,7 @@ class Engine:
             raise
 
     def rehearse(self) -> None:
-        """Goes the way of ``fire`` for nothing but a tiny launch; does nothing where no prompt could be fired."""
+        """Goes the way of ``fire`` up to the launch, for nothing; does nothing where no prompt could be fired."""
         self._express.rehearse()
 
     def book(self, request: Request, shot: Shot) -> None:

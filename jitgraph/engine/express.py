@@ -113,15 +113,14 @@ class Express:
         return Shot(way.shot.wanted, way.shot.decision, chain) if chain else way.shot
 
     def rehearse(self) -> None:
-        """Does all of ``fire`` for a prompt as long as one that came before, but launches something tiny instead, so
-        that processor and driver have it at hand; nothing comes of it. Only while nothing runs."""
+        """Does all of ``fire`` but the launch, for a prompt as long as one that came before, so that the processor has
+        it at hand; nothing comes of it. Only while nothing runs."""
         row, count = self._row, next(reversed(self._ways), 0)
         if row < 0 or not count or self._ways[count].generation != self._runner.generation:
             return
         self._prepare((0,) * count, _REHEARSED, "")
         table, words = row + 4 * (HEADER + BLOCK_TABLE), self._upcoming  # shorter prompts leave the rest of it empty
         self._runner.inbox[table : table + 4 * len(words)] = memoryview(words).cast("B")
-        self._runner.knock()
 
     def _prepare(self, ids: Sequence[int], params: SamplingParams, salt: str) -> tuple[_Way, Chain | None] | None:
         """The checks, and the inbox's row; None where the prompt must go the ordinary way."""

@@ -113,8 +113,6 @@ class Preparation:
                 self._timed("compile", lambda: self._compile(everything))
             self._timed("warm up", lambda: self._warm_up(everything))
         self._timed("capture", lambda: self._capture(keys))
-        if self._runner.replays_alone and self.report.captured:
-            self._runner.knock = self._capturer.knock()
         self._timed("loops", self._build_loops)
         return set(everything)
 

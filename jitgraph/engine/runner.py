@@ -84,9 +84,6 @@ class Runner:
         self.prompt_offset = 4 * self._buffers.layout.prompt
         """Bytes from the beginning of the inbox's row to its first token id."""
         self._prompt_keys: dict[int, GraphKey] = {}
-        self.knock: Callable[[], None] = lambda: None
-        """Replays something tiny that is no step, so that the driver's way to the GPU is as fresh as what was rehearsed
-        before; nothing where steps are no replays."""
         self.steps = 0
         self.launches = 0
         self.compiles = 0

@@ -2,7 +2,7 @@
 
 Code that has not run for 50 ms takes three to five times as long as code that has just run, even in a thread that never
 slept; the kernel's is no exception. So an engine that polls for its next request anyway sends itself one now and then,
-through a socket of its own, reads it, goes the way of its launch, with something tiny in its place, and answers.
+through a socket of its own, reads it, goes the way of its launch as far as it may, and answers.
 """
 
 from __future__ import annotations

@@ -101,10 +101,6 @@ class GraphPool:
             self._handle = handle
         return self._handle
 
-    def touch(self) -> None:
-        """Launches a tiny kernel."""
-        self._word.add_(0)
-
     def mend(self, graph: torch.cuda.CUDAGraph) -> None:
         """After ``capture_end`` has raised: makes sure that later captures work.
 
@@ -248,14 +244,6 @@ class Capturer:
         graph = _at_once(self.shadow(work, lambda: _one_stage(work)))
         self.captures += 1
         return graph
-
-    def knock(self) -> Callable[[], None]:
-        """The replay of a graph of one tiny kernel that changes nothing; before ready."""
-        assert self._pool is not None
-        work = self._pool.touch
-        with torch.inference_mode(), torch.cuda.stream(self._queue):
-            work()
-        return self.capture(work).replay
 
     def reserve(self, work: Callable[[], None], count: int) -> None:
         """Makes ``count`` graphs of ``work`` and destroys them again. The driver keeps their memory for later graphs,
