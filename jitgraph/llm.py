@@ -193,6 +193,8 @@ class LLM:
             live = Live(request, started)
             self._live[request.request_id] = live
             self._add_text(live)
+            if shot is not None and self.device.type == "cuda":  # whose time is not this thread's
+                self._practise(live)
         return Stream(self, live)
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
@@ -222,6 +224,13 @@ class LLM:
                 self._tokenizer, prompt[-DETOKENIZER_TAIL:], params.stop, params.min_tokens
             )
 
+    def _practise(self, live: Live) -> None:
+        """Does for nothing what the first token will need, while the GPU is at work: what runs for the first time
+        after a sleep is slow."""
+        other = Live(live.request, live.submitted_ns)
+        self._add_text(other)
+        other.take(TokenChunk(0, live.request.prompt_token_ids[-1], 0, finish_reason=FinishReason.LENGTH))
+
     def _submit(self, live: Live) -> None:
         """Hands a request over. The caller holds the lock."""
         self._tidy()
@@ -238,8 +247,8 @@ class LLM:
                 self._idle.wake()
 
     def _tidy(self) -> None:
-        """Does what was put off: the engine's books of a stream whose last token was handed out ahead of them, and the
-        cancelling of streams that were dropped. The caller holds the lock."""
+        """Does what was put off: the engine's books of a token that was handed out ahead of them, and the cancelling of
+        streams that were dropped. The caller holds the lock."""
         if self._owed:
             self._owed = False
             self._give(self._engine.step())
@@ -281,9 +290,9 @@ class LLM:
         """Waits for the next tokens of any request, and gives each stream its own. Streams and ``generate`` call it."""
         with self._lock:
             self._tidy()
-            last = self._engine.last_token()
-            self._owed = last is not None
-            self._give(last or self._engine.step())
+            early = self._engine.early_token()
+            self._owed = early is not None
+            self._give(early or self._engine.step())
 
     def _give(self, chunks: list[TokenChunk]) -> None:
         for chunk in chunks:

@@ -186,6 +186,7 @@ class Counting:
     """Whether it gives the last token of a lone request ahead of its books."""
     foreseen: int = 0
     fails_after_last: bool = False
+    told: bool = False
     """Whether the step after such a token fails."""
     gate: threading.Semaphore | None = None
     """Where there is one, each step takes one."""
@@ -246,18 +247,21 @@ class Counting:
         self.capturing, self.armed = False, True
         return False
 
-    def last_token(self) -> list[TokenChunk] | None:
-        if not self.foresees or self.news or self.errors or self.waiting or len(self.running) != 1:
+    def early_token(self) -> list[TokenChunk] | None:
+        if not self.foresees or self.told or self.news or self.errors or self.waiting or len(self.running) != 1:
             return None
         [(identity, (request, made))] = self.running.items()
-        if made + 1 < request.params.max_tokens:
+        last = made + 1 == request.params.max_tokens
+        if made and not last:
             return None
         self.foreseen += 1
-        if self.fails_after_last:
+        self.told = True
+        if last and self.fails_after_last:
             self.fails_after_last = False
             self.errors.append(RuntimeError("no books"))
         token = (sum(request.prompt_token_ids) + made) % VOCABULARY
-        return [TokenChunk(identity, token, time.perf_counter_ns(), finish_reason=FinishReason.LENGTH)]
+        reason = FinishReason.LENGTH if last else None
+        return [TokenChunk(identity, token, time.perf_counter_ns(), finish_reason=reason)]
 
     def step(self) -> list[TokenChunk]:
         if self.news:
@@ -269,6 +273,7 @@ class Counting:
             for identity in [*self.running, *(one.request_id for one in self.waiting)]:
                 self.cancel(identity)
                 self.news.append(TokenChunk(identity, None, 0, finish_reason=FinishReason.CANCELLED))
+            self.told = False
             raise self.errors.popleft()
         self.launch()
         self.steps += 1
@@ -283,7 +288,8 @@ class Counting:
                 self.cancel(identity)
             else:
                 self.running[identity] = (request, made + 1)
-        return chunks
+        told, self.told = self.told, False
+        return [] if told else chunks
 
     def load(self) -> Load:
         return Load(len(self.running), len(self.waiting), self.pages, 2, self.steps)

@@ -173,13 +173,16 @@ def test_the_end_of_the_text(device: torch.device, pair: tuple[Watched, Watched]
     assert found[0][-1][-1] is FinishReason.STOP and [len(one) for one in found[1:]] == [1, 2, 3, LOOP, LOOP + 1]
 
 
-# ----------------------------------------------------------------------------------- the last token, ahead of the books
+# ------------------------------------------------------------------------ the first and the last, ahead of the books
 
 
-def foreseen_and_read(engine: Engine, asked: SamplingParams) -> tuple[list[TokenChunk], list[list[TokenChunk]]]:
+def foreseen_and_read(
+    engine: Engine, asked: SamplingParams, ids: tuple[int, ...] = prompt(5)
+) -> tuple[list[TokenChunk], list[list[TokenChunk]]]:
     """One request's chunks, and those of them that were given ahead."""
     chunks, ahead = list[TokenChunk](), list[list[TokenChunk]]()
-    engine.submit(Request(0, prompt(5), asked))
+    engine.submit(Request(0, ids, asked))
+    engine.launch()
     while engine.busy:
         books = (
             engine.pages.free,
@@ -187,27 +190,39 @@ def foreseen_and_read(engine: Engine, asked: SamplingParams) -> tuple[list[Token
             len(engine._flights),
             engine._flights and engine._flights[0].read,
         )
-        if (last := engine.last_token()) is not None:
-            ahead.append(last)
+        if (early := engine.early_token()) is not None:
+            ahead.append(early)
+            chunks += early
             assert books == (engine.pages.free, engine.runner.steps, len(engine._flights), engine._flights[0].read)
+            assert engine.early_token() is None, "once"
         chunks += engine.step()
     assert_nothing_left(engine)
     return chunks, ahead
 
 
 @pytest.mark.parametrize("kind", PARAMS)
-@pytest.mark.parametrize("tokens", [3, LOOP, LOOP + 1, LOOP + 2, LOOP + 3])
-def test_the_last_token_may_be_had_before_its_books(pair: tuple[Watched, Watched], kind: str, tokens: int) -> None:
-    """The last one and no other, and nothing is different for it afterwards."""
+@pytest.mark.parametrize("tokens", [1, 3, LOOP, LOOP + 1, LOOP + 2, LOOP + 3])
+def test_first_and_last_may_be_had_before_their_books(pair: tuple[Watched, Watched], kind: str, tokens: int) -> None:
+    """These and no others, each once, and nothing is different for it afterwards."""
     engine = pair[0].engine
     expected = answer(pair[1].engine, prompt(5), params(kind, max_tokens=tokens))
     chunks, ahead = foreseen_and_read(engine, params(kind, max_tokens=tokens))
     assert bits(chunks) == expected
-    if (tokens - 1) % LOOP == 1:
-        assert not ahead, "the first token of a loop goes the ordinary way"
-        return
-    [[last]] = ahead
-    assert bits([last]) == expected[-1:] and last.finish_reason is FinishReason.LENGTH and last.time_ns > 0
+    early = [one for [one] in ahead]
+    if tokens > 1 and (tokens - 1) % LOOP == 1:
+        assert bits(early) == expected[:1], "the first token of a loop goes the ordinary way"
+    else:
+        assert bits(early) == (expected[:1] if tokens == 1 else [expected[0], expected[-1]])
+        assert early[-1].finish_reason is FinishReason.LENGTH
+    assert all(one.time_ns > 0 for one in early)
+
+
+def test_a_first_token_tells_what_was_cached(device: torch.device) -> None:
+    engine = make_engine(device, SPEC, prefix_cache=True, max_model_len=160, page_size=16)
+    answers = [foreseen_and_read(engine, params(max_tokens=3), prompt(40)) for _ in range(2)]
+    [[first, *_], [again, *_]] = [[one for [one] in ahead] for _, ahead in answers]
+    assert first.cached_tokens == 0 and again.cached_tokens == 32
+    assert bits([first]) == bits([again])
 
 
 def test_what_ends_otherwise_is_not_foreseen(pair: tuple[Watched, Watched]) -> None:
@@ -216,23 +231,29 @@ def test_what_ends_otherwise_is_not_foreseen(pair: tuple[Watched, Watched]) -> N
     at = next(i for i in range(LOOP, TOKENS) if whole[i] not in whole[:i] and (i + 1) % LOOP not in (1, 2))
     stopped = params(stop_token_ids=(whole[at],), max_tokens=at + 1)
     chunks, ahead = foreseen_and_read(engine, stopped)
-    assert chunks[-1].finish_reason is FinishReason.STOP and len(chunks) == at + 1 and not ahead
+    assert chunks[-1].finish_reason is FinishReason.STOP and len(chunks) == at + 1 and ahead == [chunks[:1]]
+    chunks, ahead = foreseen_and_read(engine, params(stop_token_ids=(whole[0],)))
+    assert [one.finish_reason for one in chunks] == [FinishReason.STOP] and not ahead
     assert foreseen_and_read(engine, params(logprobs=1))[1] == []
     found: dict[int, list[TokenChunk]] = {}
     engine.submit(Request(0, prompt(5), params(max_tokens=LOOP)))
     steps_until(engine, found, 0, LOOP - 1)
     engine.submit(Request(1, prompt(7), params(max_tokens=5)))
-    assert engine.last_token() is None, "somebody waits, whose prompt goes first"
+    assert engine.early_token() is None, "somebody waits, whose prompt goes first"
     finish(engine, found)
     assert [len(found[identity]) for identity in (0, 1)] == [LOOP, 5]
 
 
-def test_an_interrupt_while_it_waits_for_the_last(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("before", [0, LOOP - 1])
+def test_an_interrupt_while_it_waits_for_an_early_one(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, before: int
+) -> None:
     engine = Watched(device).engine
     expected = answer(engine, prompt(5), params(max_tokens=LOOP))
     chunks: dict[int, list[TokenChunk]] = {}
     engine.submit(Request(0, prompt(5), params(max_tokens=LOOP)))
-    steps_until(engine, chunks, 0, LOOP - 1)
+    steps_until(engine, chunks, 0, before)
+    engine.launch()
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -240,7 +261,7 @@ def test_an_interrupt_while_it_waits_for_the_last(device: torch.device, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(engine._steady, "_read", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            engine.last_token()
+            engine.early_token()
     finish(engine, chunks)
     assert bits(chunks[0]) == expected
     assert_nothing_left(engine)

@@ -69,7 +69,7 @@ class Echo:
     def launch(self) -> None:
         pass
 
-    def last_token(self) -> None:
+    def early_token(self) -> None:
         """Its books take no time: nothing goes ahead of them."""
 
     def step(self) -> list[Any]:

@@ -214,9 +214,9 @@ class Engine:
         with self._torch():
             return self._read()
 
-    def last_token(self) -> list[TokenChunk] | None:
-        """The token that ends a lone stream, ahead of the books: ``step`` must follow and returns it once more."""
-        return None if self._news else self._steady.last()
+    def early_token(self) -> list[TokenChunk] | None:
+        """A lone stream's first or last token, ahead of the books: ``step`` must follow, and leaves it out."""
+        return None if self._news else self._steady.early(self._shadow.pending)
 
     def launch(self) -> None:
         """Launches what can be launched now and returns without waiting for any of it. ``step`` calls it too."""
@@ -301,7 +301,8 @@ class Engine:
             if chunk.finish_reason is not None:
                 del self._sequences[chunk.request_id]
                 self._end_loops(flight)
-        return chunks
+        told, flight.told = flight.told, False
+        return [] if told else chunks
 
     def _end_loops(self, flight: InFlight) -> None:
         """A sequence ended with a token of this flight. Where it was alone, the device has seen it too: what is left

@@ -9,7 +9,7 @@ from jitgraph.graphs.key import GraphKey
 class InFlight:
     """A launch whose tokens have not all been read."""
 
-    __slots__ = ("count", "first", "key", "loop", "plan", "read", "sequences", "steady")
+    __slots__ = ("count", "first", "key", "loop", "plan", "read", "sequences", "steady", "told")
 
     def __init__(self, plan: Plan, key: GraphKey, first: int, count: int = 1) -> None:
         self.plan = plan
@@ -24,6 +24,8 @@ class InFlight:
         """Whether the device repeats the step by itself."""
         self.steady = False
         """Whether its further tokens need nothing but being read (``steady.py``)."""
+        self.told = False
+        """Whether the token to be read next has been handed out ahead of the books (``Steady.early``)."""
         self.sequences = _sequences(plan)
         """Whose tokens its records hold, in row order; none for a chunk that does not end its prompt."""
 

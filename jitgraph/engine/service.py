@@ -25,7 +25,7 @@ from jitgraph.engine.service_reader import RequestReader
 from jitgraph.engine.service_requests import Grammars, Limits, RequestEngine, Requests
 from jitgraph.engine.service_vigil import Vigil
 from jitgraph.errors import CompileError, DeviceError
-from jitgraph.ipc.frames import ProtocolError
+from jitgraph.ipc.frames import ProtocolError, encode
 from jitgraph.ipc.messages import (
     BEAT_S,
     AskStats,
@@ -101,7 +101,7 @@ class ServedEngine(RequestEngine, Protocol):
 
     def launch(self) -> None: ...
 
-    def last_token(self) -> list[TokenChunk] | None: ...
+    def early_token(self) -> list[TokenChunk] | None: ...
 
     def step(self) -> list[TokenChunk]: ...
 
@@ -229,14 +229,14 @@ class Service:
             if requests.unlaunched:
                 engine.launch()
                 requests.note_launched(self._report.begun())
-            if (last := engine.last_token()) is not None:
-                requests.deliver(last)  # its books can wait
+            if (early := engine.early_token()) is not None:
+                requests.deliver(early)  # its books can wait
             chunks = engine.step()
         except Exception as error:
             self._failed(error)
             return
         failure, self._failure = self._failure, None
-        if chunks:
+        if chunks or early:
             requests.deliver(chunks, failure)
             self._active_s, self._untidy = time.monotonic(), True
             if failure is None:
@@ -351,8 +351,7 @@ class Service:
     def _rehearse(self, client: Client) -> None:
         """The GPU is at work: there is time to go the way that its first token will go, here and in the client, which
         makes nothing of a beat."""
-        self._practice.answer()
-        self._hub.send(client, self._pulse())
+        self._requests.rehearse(client, encode(self._pulse()))
 
     def behind(self, client: Client, owner: Hashable) -> None:
         """A client leaves too much unread, most of it of one request's."""

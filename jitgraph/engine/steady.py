@@ -1,8 +1,9 @@
-"""The shortest way of a lone stream's token, while the device loops and there is nothing else to look after.
+"""The shortest way of a lone stream's token, while there is nothing else to look after.
 
-Engine's thread. Almost all tokens of such a stream go it, milliseconds apart, when little of the host's code is in its
-caches any more: so it is one function that touches little. What is first, last or asked for besides goes the ordinary
-way (``Engine.step``), with the same result; nothing is done then.
+Engine's thread. Almost all tokens of such a stream come out of a device-side loop, milliseconds apart, when little of
+the host's code is in its caches any more: so theirs is one function that touches little. The first one and the last
+carry books with them, but are handed out before these. What is asked for besides goes the ordinary way
+(``Engine.step``), with the same result; nothing is done then.
 """
 
 from __future__ import annotations
@@ -81,22 +82,23 @@ class Steady:
                 self._recover()
             raise
 
-    def last(self) -> list[TokenChunk] | None:
-        """Waits for the token that ends a stream for its length, and does nothing else: the books take longer than the
-        token, so its reader may have it before. The next ``Engine.step`` keeps them and returns it again. None, without
-        waiting, where another token is next; None as well where it is a stop id."""
+    def early(self, pending: bool) -> list[TokenChunk] | None:
+        """Waits for the token that begins a stream, or ends it for its length, and does nothing else: the books take
+        longer than the token, so its reader may have it before. The next ``Engine.step`` keeps them. None, without
+        waiting, where another token is next; None as well where it is a stop id. ``pending``: as in ``look``."""
         flights, scheduler = self._flights, self._scheduler
         flight = flights[0] if flights else None
-        if flight is None or not flight.steady or flight.read + 1 < flight.count:
+        if flight is None or flight.told or flight.read + 1 < flight.count or len(flight.sequences) != 1:
             return None
         sequence, running = flight.sequences[0], scheduler.running
+        made = len(sequence.tokens)
+        ends = made + 1 == sequence.last_at
         if (
-            len(flights) != 1
-            or scheduler.waiting
+            scheduler.waiting
             or self._loops.called_off
             or len(running) != 1
             or running[0] is not sequence
-            or len(sequence.tokens) + 1 != sequence.last_at
+            or not (len(flights) == 1 and ends if flight.steady else self._begins(flight, pending))
         ):
             return None
         try:
@@ -108,4 +110,18 @@ class Steady:
             raise
         if token in sequence.stop_ids:
             return None
-        return [TokenChunk(sequence.request.request_id, token, now_ns, None, FinishReason.LENGTH)]
+        flight.told = True
+        reason, cached = FinishReason.LENGTH if ends else None, 0 if made else sequence.cached
+        return [TokenChunk(sequence.request.request_id, token, now_ns, None, reason, cached)]
+
+    def _begins(self, flight: InFlight, pending: bool) -> bool:
+        """Whether a flight is a prompt's last step, and nothing is wanted of it but the token."""
+        request = flight.sequences[0].request
+        waits_alone = self._reader.shadow is None or not pending
+        return (
+            waits_alone
+            and not flight.loop
+            and not flight.sequences[0].tokens
+            and request.plain
+            and request.params.logprobs is None
+        )

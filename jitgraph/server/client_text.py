@@ -19,9 +19,10 @@ from jitgraph.stream import DETOKENIZER_TAIL, Live
 from jitgraph.text.detokenize import IncrementalDetokenizer
 from jitgraph.text.prompts import Prompt, token_ids
 from jitgraph.text.tokenizer import Tokenizer, find_tokenizer
-from jitgraph.types import PromptLogprobs, Request, TokenChunk, TokenLogprobs
+from jitgraph.types import FinishReason, PromptLogprobs, Request, TokenChunk, TokenLogprobs
 
-_FIRST = encode(Tokens(1, (1,), (1,)))
+_FIRST = encode(Tokens(1, (1,), (1,), finish_reason=FinishReason.LENGTH.value))
+"""The only one as well, so that the way of the last is gone too."""
 
 
 @dataclass(eq=False)
