@@ -194,7 +194,7 @@ class LLM:
             self._live[request.request_id] = live
             self._add_text(live)
             if shot is not None and self.device.type == "cuda":  # whose time is not this thread's
-                self._practise(live)
+                self._practise()
         return Stream(self, live)
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
@@ -224,9 +224,12 @@ class LLM:
                 self._tokenizer, prompt[-DETOKENIZER_TAIL:], params.stop, params.min_tokens
             )
 
-    def _practise(self, live: Live) -> None:
-        """Does for nothing what the first token will need, while the GPU is at work: what runs for the first time
-        after a sleep is slow."""
+    def _practise(self) -> None:
+        """Does for nothing what a lone stream's first token will need, while the GPU is at work: what runs for the
+        first time after a while is slow."""
+        live = next(iter(self._live.values()), None)
+        if live is None or live.token_ids:
+            return
         other = Live(live.request, live.submitted_ns)
         self._add_text(other)
         other.take(TokenChunk(0, live.request.prompt_token_ids[-1], 0, finish_reason=FinishReason.LENGTH))
@@ -290,7 +293,7 @@ class LLM:
         """Waits for the next tokens of any request, and gives each stream its own. Streams and ``generate`` call it."""
         with self._lock:
             self._tidy()
-            early = self._engine.early_token()
+            early = self._engine.early_token(self._practise)
             self._owed = early is not None
             self._give(early or self._engine.step())
 

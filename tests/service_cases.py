@@ -247,7 +247,7 @@ class Counting:
         self.capturing, self.armed = False, True
         return False
 
-    def early_token(self) -> list[TokenChunk] | None:
+    def early_token(self, rehearse: Any = None) -> list[TokenChunk] | None:
         if not self.foresees or self.told or self.news or self.errors or self.waiting or len(self.running) != 1:
             return None
         [(identity, (request, made))] = self.running.items()

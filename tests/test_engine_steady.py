@@ -3,6 +3,7 @@ way, and left as soon as there is anything else to look after."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -223,6 +224,52 @@ def test_a_first_token_tells_what_was_cached(device: torch.device) -> None:
     [[first, *_], [again, *_]] = [[one for [one] in ahead] for _, ahead in answers]
     assert first.cached_tokens == 0 and again.cached_tokens == 32
     assert bits([first]) == bits([again])
+
+
+def test_a_first_token_is_rehearsed_before_it_is_due(
+    pair: tuple[Watched, Watched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only where it is known when that is, not once it is there, and nothing comes of it."""
+    engine, steady = pair[0].engine, pair[0].engine._steady
+    steady._took_s.clear()
+    calls, moments = list[None](), list[float]()
+
+    def first(come: bool) -> list[TokenChunk]:
+        def looked(step: int, until_s: float) -> bool:
+            moments.append(until_s)
+            return not come
+
+        monkeypatch.setattr(steady, "_look_out", looked)
+        engine.submit(Request(0, prompt(5), params(max_tokens=LOOP)))
+        engine.launch()
+        chunks = list[TokenChunk]()
+        while engine.busy:
+            chunks += engine.early_token(lambda: calls.append(None)) or []
+            chunks += engine.step()
+        return chunks
+
+    expected = bits(first(False))
+    assert not calls and not moments
+    [key] = steady._took_s
+    steady._took_s[key] = 5.0
+    assert bits(first(False)) == expected
+    assert len(calls) == 2 and moments[1] - moments[0] == pytest.approx(300e-6)
+    assert steady._took_s[key] < 5.0
+    assert bits(first(True)) == expected and len(calls) == 2
+
+
+def test_looking_out_for_a_token(device: torch.device) -> None:
+    """It ends when the token comes, or when its time is over."""
+    engine = make_engine(device, SPEC)
+    reader = engine.runner.reader
+    begun = time.perf_counter()
+    assert engine._steady._look_out(12345, begun + 0.05)
+    assert time.perf_counter() >= begun + 0.05
+    engine.submit(Request(0, prompt(5), params(max_tokens=1)))
+    engine.launch()
+    step = engine._flights[0].first
+    assert not engine._steady._look_out(step, time.perf_counter() + 60)
+    assert reader.token(step) == engine.step()[0].token_id
 
 
 def test_what_ends_otherwise_is_not_foreseen(pair: tuple[Watched, Watched]) -> None:

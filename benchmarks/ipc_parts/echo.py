@@ -69,7 +69,7 @@ class Echo:
     def launch(self) -> None:
         pass
 
-    def early_token(self) -> None:
+    def early_token(self, rehearse: Any = None) -> None:
         """Its books take no time: nothing goes ahead of them."""
 
     def step(self) -> list[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -214,9 +215,9 @@ class Engine:
         with self._torch():
             return self._read()
 
-    def early_token(self) -> list[TokenChunk] | None:
+    def early_token(self, rehearse: Callable[[], None] | None = None) -> list[TokenChunk] | None:
         """A lone stream's first or last token, ahead of the books: ``step`` must follow, and leaves it out."""
-        return None if self._news else self._steady.early(self._shadow.pending)
+        return None if self._news else self._steady.early(self._shadow.pending, rehearse)
 
     def launch(self) -> None:
         """Launches what can be launched now and returns without waiting for any of it. ``step`` calls it too."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from jitgraph.engine.scheduler import DecodePlan, LoopPlan, Plan, Sequence
 from jitgraph.graphs.key import GraphKey
 
@@ -9,7 +11,7 @@ from jitgraph.graphs.key import GraphKey
 class InFlight:
     """A launch whose tokens have not all been read."""
 
-    __slots__ = ("count", "first", "key", "loop", "plan", "read", "sequences", "steady", "told")
+    __slots__ = ("begun_s", "count", "first", "key", "loop", "plan", "read", "sequences", "steady", "told")
 
     def __init__(self, plan: Plan, key: GraphKey, first: int, count: int = 1) -> None:
         self.plan = plan
@@ -20,6 +22,7 @@ class InFlight:
         """Steps it runs at most; more than one in a loop."""
         self.read = 0
         """Steps whose tokens have been read."""
+        self.begun_s = time.perf_counter()
         self.loop = isinstance(plan, LoopPlan)
         """Whether the device repeats the step by itself."""
         self.steady = False

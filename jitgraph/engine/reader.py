@@ -67,6 +67,15 @@ class RingReader:
         self.wait(step, 1)
         return self._ring.item(step % RING_DEPTH, 0, RING_TOKEN) & 0xFFFFFFFF
 
+    def look_out(self, step: int, until_s: float) -> bool:
+        """Waits until a time (``time.perf_counter``); False as soon as a step's first row has been published."""
+        stamp, word = step & 0xFFFFFFFF, self._ring[step % RING_DEPTH, 0]
+        while (int(word[RING_TOKEN]) >> 32) & 0xFFFFFFFF != stamp:
+            self._pump()
+            if time.perf_counter() >= until_s:
+                return True
+        return False
+
     def logprobs(self, step: int, row: int, count: int) -> TokenLogprobs:
         """Log-probabilities of a row that has been waited for, with ``count`` alternatives."""
         record = self._ring[step % RING_DEPTH, row]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -101,7 +101,7 @@ class ServedEngine(RequestEngine, Protocol):
 
     def launch(self) -> None: ...
 
-    def early_token(self) -> list[TokenChunk] | None: ...
+    def early_token(self, rehearse: Callable[[], None] | None = None) -> list[TokenChunk] | None: ...
 
     def step(self) -> list[TokenChunk]: ...
 
@@ -229,7 +229,7 @@ class Service:
             if requests.unlaunched:
                 engine.launch()
                 requests.note_launched(self._report.begun())
-            if (early := engine.early_token()) is not None:
+            if (early := engine.early_token(self._rehearse if self._spin_s else None)) is not None:
                 requests.deliver(early)  # its books can wait
             chunks = engine.step()
         except Exception as error:
@@ -336,7 +336,7 @@ class Service:
             self._requests.submit(client, record)
             self._active_s, self._untidy = time.monotonic(), True
             if self._spin_s and not self._requests.unlaunched:
-                self._rehearse(client)
+                self._rehearse()
         elif type(record) is Cancel:
             self._requests.cancel(client, record.request_id)
         elif type(record) is AskStats:
@@ -348,10 +348,10 @@ class Service:
         else:
             raise ProtocolError("Hello comes once")
 
-    def _rehearse(self, client: Client) -> None:
-        """The GPU is at work: there is time to go the way that its first token will go, here and in the client, which
-        makes nothing of a beat."""
-        self._requests.rehearse(client, encode(self._pulse()))
+    def _rehearse(self) -> None:
+        """The GPU is at work: there is time to go the way that a first token will go, here and in the client, which
+        rehearses its own part with a beat."""
+        self._requests.rehearse(encode(self._pulse()))
 
     def behind(self, client: Client, owner: Hashable) -> None:
         """A client leaves too much unread, most of it of one request's."""

@@ -343,12 +343,12 @@ class Requests:
 
     # -------------------------------------------------------------------------------------------------------- outgoing
 
-    def rehearse(self, client: Client, frame: bytes) -> None:
+    def rehearse(self, frame: bytes) -> None:
         """Goes the way of the first token of what came last, for nothing and with another frame in its place."""
         live = self._live.get(self._next_identity - 1)
-        if live is not None and live.client is client:
+        if live is not None and not live.told:
             encode(news_of(live, TokenChunk(live.identity, 1, live.received_ns)))
-            self._hub.send_owned(client, ((live, frame),))
+            self._hub.send_owned(live.client, ((live, frame),))
 
     def note_launched(self, begun: set[int]) -> None:
         """Steps were launched; ``begun``: the running requests that have had one."""

@@ -8,6 +8,7 @@ carry books with them, but are handed out before these. What is asked for beside
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -17,7 +18,12 @@ import torch
 from jitgraph.engine.flights import InFlight
 from jitgraph.engine.runner import Runner
 from jitgraph.engine.scheduler import Scheduler
+from jitgraph.graphs.key import GraphKey
 from jitgraph.types import FinishReason, TokenChunk
+
+REHEARSE_AHEAD_S = (600e-6, 300e-6)
+"""How long before a first token is due its way is rehearsed: the first time is slow, the second leaves it at hand."""
+_WEIGHT = 0.1
 
 
 class Steady:
@@ -35,7 +41,11 @@ class Steady:
         self._runner = runner
         self._reader = runner.reader
         # To wait for the emulated device is to do its work.
-        self._read = runner.reader.token if runner.emulated is None else torch.inference_mode()(runner.reader.token)
+        self._read, self._look_out = runner.reader.token, runner.reader.look_out
+        if runner.emulated is not None:
+            self._read, self._look_out = torch.inference_mode()(self._read), torch.inference_mode()(self._look_out)
+        self._took_s: dict[GraphKey, float] = {}
+        """From a prompt's launch to its token."""
         self._scheduler = scheduler
         self._dispatcher = runner.dispatcher
         self._flights = flights
@@ -82,10 +92,11 @@ class Steady:
                 self._recover()
             raise
 
-    def early(self, pending: bool) -> list[TokenChunk] | None:
+    def early(self, pending: bool, rehearse: Callable[[], None] | None) -> list[TokenChunk] | None:
         """Waits for the token that begins a stream, or ends it for its length, and does nothing else: the books take
         longer than the token, so its reader may have it before. The next ``Engine.step`` keeps them. None, without
-        waiting, where another token is next; None as well where it is a stop id. ``pending``: as in ``look``."""
+        waiting, where another token is next; None as well where it is a stop id. ``pending``: as in ``look``.
+        ``rehearse`` is called shortly before a first token is due."""
         flights, scheduler = self._flights, self._scheduler
         flight = flights[0] if flights else None
         if flight is None or flight.told or flight.read + 1 < flight.count or len(flight.sequences) != 1:
@@ -102,6 +113,8 @@ class Steady:
         ):
             return None
         try:
+            if not made and rehearse is not None:
+                self._rehearse(flight, rehearse)
             token = self._read(flight.first + flight.read)
             now_ns = time.perf_counter_ns()
         except BaseException:
@@ -111,8 +124,26 @@ class Steady:
         if token in sequence.stop_ids:
             return None
         flight.told = True
+        if not made:
+            self._note(flight.key, now_ns / 1e9 - flight.begun_s)
         reason, cached = FinishReason.LENGTH if ends else None, 0 if made else sequence.cached
         return [TokenChunk(sequence.request.request_id, token, now_ns, None, reason, cached)]
+
+    def _note(self, key: GraphKey, took_s: float) -> None:
+        """Takes note of a prompt's time: smoothed upwards alone, because too early a rehearsal does no harm."""
+        known_s = self._took_s.get(key, math.inf)
+        self._took_s[key] = took_s if took_s < known_s else known_s + _WEIGHT * min(took_s - known_s, known_s)
+
+    def _rehearse(self, flight: InFlight, rehearse: Callable[[], None]) -> None:
+        """In the last part of the wait for a first token: what ran for the last time when it began may be in no cache
+        any more. Only where it is known when the token is due."""
+        took_s = self._took_s.get(flight.key)
+        if took_s is None:
+            return
+        for ahead_s in REHEARSE_AHEAD_S:
+            if not self._look_out(flight.first, flight.begun_s + took_s - ahead_s):
+                return
+            rehearse()
 
     def _begins(self, flight: InFlight, pending: bool) -> bool:
         """Whether a flight is a prompt's last step, and nothing is wanted of it but the token."""

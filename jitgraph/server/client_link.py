@@ -23,6 +23,7 @@ from jitgraph.idle import IdleThread
 from jitgraph.ipc.frames import ProtocolError, client_framer, encode
 from jitgraph.ipc.messages import (
     AskStats,
+    Beat,
     Cancel,
     FromEngine,
     Goodbye,
@@ -90,7 +91,7 @@ class Link:
         self._quiet_s = 0.0
         self._take_over(open_connection(path, on_start, timeout_s, appear_s))
         self._spin_s = polling_s(spin_s, self.ready.facts.device, FOR_AN_ANSWER_S)
-        self._practice = client_framer()
+        self._practice, self._rehearsal = client_framer(), client_framer()
         self._handoff = Handoff(self._read)
         self._keeper = IdleThread(self._keep)
         self._keeper.wake()
@@ -315,8 +316,18 @@ class Link:
                 answer = self._answers.popleft()
                 answer.values = record.values
                 self._handoff.deliver(answer.mailbox)
+        elif isinstance(record, Beat):
+            self._rehearse()
         elif isinstance(record, Goodbye):
             self._fail(self._connection, record.reason)
+
+    def _rehearse(self) -> None:
+        """A beat: shortly before a lone request's first token, which then finds its way in the processor's caches."""
+        if self._spin_s and len(self._requests) == 1:
+            with self._state:
+                live = next(iter(self._requests.values()), None)
+            if isinstance(live, RemoteLive) and not live.token_ids:
+                practise(live, self._rehearsal)
 
     def _take_tokens(self, record: Tokens) -> None:
         check_tokens(record)
