@@ -36,8 +36,9 @@ from service_cases import (
 from jitgraph.engine import service_hub
 from jitgraph.engine.service_client import Client
 from jitgraph.engine.service_figures import Figures
+from jitgraph.engine.service_needs import Limits
 from jitgraph.engine.service_practice import EVERY_S
-from jitgraph.engine.service_requests import Limits, Requests
+from jitgraph.engine.service_requests import Requests
 from jitgraph.errors import CompileError, DeviceError, RequestError
 from jitgraph.ipc.frames import encode
 from jitgraph.ipc.messages import (

@@ -20,9 +20,10 @@ from jitgraph.engine.service_client import Client
 from jitgraph.engine.service_figures import Figures
 from jitgraph.engine.service_hub import Hub
 from jitgraph.engine.service_live import Live
+from jitgraph.engine.service_needs import Grammars, Limits, RequestEngine
 from jitgraph.engine.service_practice import Practice
 from jitgraph.engine.service_reader import RequestReader
-from jitgraph.engine.service_requests import Grammars, Limits, RequestEngine, Requests
+from jitgraph.engine.service_requests import Requests
 from jitgraph.engine.service_vigil import Vigil
 from jitgraph.errors import CompileError, DeviceError
 from jitgraph.ipc.frames import ProtocolError, encode

@@ -9,69 +9,26 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
 
 from jitgraph.engine.service_client import Client
 from jitgraph.engine.service_deadlines import Deadlines
 from jitgraph.engine.service_figures import Figures
 from jitgraph.engine.service_hub import Hub
 from jitgraph.engine.service_live import Live, news_of, party_of
+from jitgraph.engine.service_needs import Compiling, Grammars, Limits, RequestEngine
 from jitgraph.engine.service_reader import RequestReader
 from jitgraph.engine.service_room import Room, scores_bytes
 from jitgraph.engine.service_shares import Shares
 from jitgraph.errors import CapacityError, RequestError
 from jitgraph.ipc.frames import ProtocolError, encode
 from jitgraph.ipc.messages import Refused, Submit, Tokens
-from jitgraph.types import FinishReason, Grammar, Request, SamplingParams, TokenChunk
+from jitgraph.types import FinishReason, Request, TokenChunk
 
 _CANCELLED = FinishReason.CANCELLED.value
 _BEHIND_S = 1.0
 """When to try again a request that was given up because its client had fallen behind."""
 _LOGGER = logging.getLogger(__name__)
-
-
-class RequestEngine(Protocol):
-    """What requests need of an engine; ``Engine`` has it."""
-
-    def fire(self, ids: tuple[int, ...], params: SamplingParams, salt: str) -> Any: ...
-
-    def rehearse(self) -> None: ...
-
-    def book(self, request: Request, shot: Any) -> None: ...
-
-    def validate(self, request: Request) -> None: ...
-
-    def enqueue(self, request: Request) -> None: ...
-
-    def cancel(self, request_id: int) -> None: ...
-
-
-class Compiling(Protocol):
-    """A grammar on its way; ``grammar.Compilation`` is one."""
-
-    @property
-    def done(self) -> bool: ...
-
-    def result(self) -> object: ...
-
-
-class Grammars(Protocol):
-    """Who compiles grammars; ``grammar.GrammarCompiler`` does."""
-
-    def start(self, grammar: Grammar, on_done: Callable[[], None]) -> Compiling: ...
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much is accepted."""
-
-    max_streams: int
-    max_queued: int
-    """Requests that wait besides those that run; of more, some are refused as ``overloaded`` (``Shares``)."""
-    max_model_len: int | None
-    """Tokens of prompt and output together; None where there is no end."""
 
 
 class _EngineFailed(Exception):
@@ -366,6 +323,7 @@ class Requests:
     def deliver(self, chunks: Sequence[TokenChunk], failure: Exception | None = None) -> None:
         """Sends each client its news. ``failure``: why the engine has ended requests, where it did."""
         frames: dict[Client, list[tuple[Live, bytes]]] = {}
+        sent = list[tuple[Live, bool, FinishReason | None]]()
         for chunk in chunks:
             live = self._live.get(chunk.request_id)
             if live is None:
@@ -374,27 +332,30 @@ class Requests:
                 self._forget(live)
                 self._refuse(live.client, live.request_id, "internal", f"the engine had to end this: {failure}")
                 continue
-            frame = self._frame(live, chunk)
+            first, frame = not live.told, self._frame(live, chunk)
             if frame is not None:
                 frames.setdefault(live.client, []).append((live, frame))
+                sent.append((live, first, chunk.finish_reason))
         for client, theirs in frames.items():
             self._hub.send_owned(client, theirs)
+        for one in sent:
+            self._note_sent(*one)
 
     def _frame(self, live: Live, chunk: TokenChunk) -> bytes | None:
         """A chunk as its client reads it; None where no frame holds it, and the client has been told."""
-        reason = chunk.finish_reason
         record = news_of(live, chunk)
-        if not live.told:
-            live.told = True
-            self._shares.remove(live.identity)
-            self._room.give_back(live.identity)
+        live.told = True
         try:
-            frame = encode(record)
+            return encode(record)
         except ProtocolError as error:
             self._withdraw(live)
             self._refuse(live.client, live.request_id, "request", f"{error}: ask for less in one request")
             return None
+
+    def _note_sent(self, live: Live, first: bool, reason: FinishReason | None) -> None:
         if reason is not None:
             self._forget(live)
             self._figures.ended(reason.value, (time.perf_counter_ns() - live.received_ns) / 1e9)
-        return frame
+        elif first:
+            self._shares.remove(live.identity)
+            self._room.give_back(live.identity)

@@ -21,8 +21,8 @@ from jitgraph.engine.scheduler import Scheduler
 from jitgraph.graphs.key import GraphKey
 from jitgraph.types import FinishReason, TokenChunk
 
-REHEARSE_AHEAD_S = (600e-6, 300e-6)
-"""How long before a first token is due its way is rehearsed: the first time is slow, the second leaves it at hand."""
+REHEARSE_AHEAD_S = (600e-6, 300e-6, 120e-6)
+"""How long before a first token is due its way is rehearsed: the first time is slow, the others leave it at hand."""
 _WEIGHT = 0.1
 
 
