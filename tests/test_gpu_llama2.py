@@ -133,10 +133,10 @@ def test_lengths_captured_later_reserve_nothing(models: tuple[Any, Any, Engine])
     for ids in drawn:
         answer(engine, ids, SamplingParams(max_tokens=2))
     torch.cuda.synchronize()
-    reserved, captures = torch.cuda.memory_reserved(), engine.captures
+    reserved, captures = torch.cuda.memory_reserved(), engine.store.counters.captures
     while engine.idle_work:
         engine.work_while_idle()
-    assert engine.captures > captures and torch.cuda.memory_reserved() == reserved
+    assert engine.store.counters.captures > captures and torch.cuda.memory_reserved() == reserved
     engine.reset_counters()
     for ids in drawn:
         answer(engine, ids, SamplingParams(max_tokens=2))

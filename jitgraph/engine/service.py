@@ -22,7 +22,6 @@ from jitgraph.engine.service_hub import Hub
 from jitgraph.engine.service_live import Live
 from jitgraph.engine.service_needs import Grammars, Limits, RequestEngine
 from jitgraph.engine.service_practice import Practice
-from jitgraph.engine.service_reader import RequestReader
 from jitgraph.engine.service_requests import Requests
 from jitgraph.engine.service_vigil import Vigil
 from jitgraph.errors import CompileError, DeviceError
@@ -157,7 +156,7 @@ class Service:
         self._young_at_s = math.inf if collector is None else time.monotonic() + YOUNG_EVERY_S
         limits = Limits(facts.max_streams, options.max_queued, facts.max_model_len)
         self._requests = Requests(engine, hub, limits, self.figures, self._failed, grammars)
-        self._practice = Practice(RequestReader(facts.max_model_len), engine.rehearse)
+        self._practice = Practice(limits, engine.rehearse)
         self._end_at_s: float | None = None
         self._fatal: str | None = None
         self._failure: Exception | None = None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from jitgraph.engine.service_client import Client
+from jitgraph.ipc.messages import Message
 from jitgraph.types import Grammar, Request, SamplingParams
 
 
@@ -23,6 +25,18 @@ class RequestEngine(Protocol):
     def enqueue(self, request: Request) -> None: ...
 
     def cancel(self, request_id: int) -> None: ...
+
+
+class Sender(Protocol):
+    """Who sends news; ``Hub`` does."""
+
+    most_unsent: int
+
+    def wake(self) -> None: ...
+
+    def send(self, client: Client, record: Message) -> None: ...
+
+    def send_owned(self, client: Client, frames: Sequence[tuple[Hashable, bytes]]) -> None: ...
 
 
 class Compiling(Protocol):

@@ -14,9 +14,8 @@ from functools import partial
 from jitgraph.engine.service_client import Client
 from jitgraph.engine.service_deadlines import Deadlines
 from jitgraph.engine.service_figures import Figures
-from jitgraph.engine.service_hub import Hub
 from jitgraph.engine.service_live import Live, news_of, party_of
-from jitgraph.engine.service_needs import Compiling, Grammars, Limits, RequestEngine
+from jitgraph.engine.service_needs import Compiling, Grammars, Limits, RequestEngine, Sender
 from jitgraph.engine.service_reader import RequestReader
 from jitgraph.engine.service_room import Room, scores_bytes
 from jitgraph.engine.service_shares import Shares
@@ -45,7 +44,7 @@ class Requests:
     def __init__(
         self,
         engine: RequestEngine,
-        hub: Hub,
+        hub: Sender,
         limits: Limits,
         figures: Figures,
         on_error: Callable[[Exception], None],
