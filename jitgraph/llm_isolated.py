@@ -24,6 +24,7 @@ from jitgraph.llm import LLM
 from jitgraph.model.default import DEFAULT_MODEL
 from jitgraph.server.api_client import Client
 from jitgraph.server.client_errors import EngineGone
+from jitgraph.server.client_records import nobody_there
 from jitgraph.server.runtime_folder import RuntimeFolder
 from jitgraph.server.spawn import EngineProcess, spawn_engine
 from jitgraph.stream import Live, Stream
@@ -190,9 +191,9 @@ def _connect(socket: Path, process: EngineProcess, progress: Callable[[str, int,
         try:
             return Client(socket, progress=progress, timeout_s=_READY_S, appear_s=_LOOK_S)
         except EngineGone as error:
-            came = socket.exists()
-            code = process.wait(_GRACE_S if came else 0.0)
-            if code is None and not came:
+            nobody = error.reason == nobody_there(socket)
+            code = process.wait(0.0 if nobody else _GRACE_S)
+            if code is None and nobody:
                 continue  # it is not so far yet
             last = f" Its last words: {process.tail}" if code is not None and process.tail else ""
             raise EngineGone(f"the engine process (exit status {code}) did not start: {error.reason}.{last}") from None

@@ -19,7 +19,9 @@ import pytest
 
 from jitgraph import LLM, AsyncClient, Client, SamplingParams
 from jitgraph.errors import ConfigError, RequestError
+from jitgraph.llm_isolated import _connect
 from jitgraph.server.client_errors import EngineGone
+from jitgraph.server.client_records import nobody_there
 from jitgraph.types import FinishReason
 
 TEXT = "The train leaves at nine."
@@ -188,6 +190,30 @@ def test_what_it_tells_of_itself(apart: LLM, here: LLM) -> None:
 def test_what_cannot_be_started(arguments: dict[str, Any], error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
         LLM(**{"model": "tiny", "device": "cpu", **arguments})
+
+
+class Starting:
+    """A process that lives."""
+
+    tail = ""
+
+    def wait(self, timeout_s: float) -> int | None:
+        return None
+
+
+def test_a_socket_that_appears_a_moment_after_the_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is looked for again for as long as the process lives; a connection that ends for a reason is another thing."""
+    socket = tmp_path / "engine.sock"
+    said = [nobody_there(socket), nobody_there(socket), "it cannot read the checkpoint"]
+
+    def connects(*_: Any, **__: Any) -> None:
+        socket.touch()
+        raise EngineGone(said.pop(0))
+
+    monkeypatch.setattr("jitgraph.llm_isolated.Client", connects)
+    with pytest.raises(EngineGone, match="cannot read the checkpoint"):
+        _connect(socket, Starting(), None)  # type: ignore[arg-type]
+    assert not said
 
 
 def test_a_subclass_says_that_it_cannot() -> None:
