@@ -43,6 +43,18 @@ def test_figures_follow_from_the_samples(tmp_path: Path, cache: str, capsys: pyt
     assert [path.name for path in tmp_path.iterdir()] == ["load.json"], "the checkpoint is gone"
 
 
+def test_the_record_and_what_is_told_of_it() -> None:
+    """The committed figures follow from their samples, hold, and are what the documentation shows."""
+    root = Path(__file__).resolve().parents[1]
+    found = json.loads((root / "benchmarks/h200/load.json").read_text(encoding="utf-8"))
+    rates = {name: statistics.median(values) for name, values in found["samples_gb_s"].items()}
+    assert found["gb_s"] == rates and found["checkpoint"]["layers"] == 32
+    assert found["ratio"] == pytest.approx(rates["load"] / min(rates["cat"], rates["device"]))
+    assert found["holds"] is True and found["ratio"] >= load_speed.FLOOR
+    shown = "\n".join(load_speed.lines(found))
+    assert f"```\n{shown}\n```" in (root / "docs/models.md").read_text(encoding="utf-8")
+
+
 def test_a_size_in_gib_takes_layers_away(tmp_path: Path) -> None:
     size, layers = load_speed.write_checkpoint(tmp_path, 400_000 / 2**30)
     assert 1 < layers < 6 and size <= 400_000
