@@ -21,7 +21,10 @@ _REPLACED_APART = ("reduce", "associative_scan")
 """Replaced in ``tl`` and ``tl.core`` at once, whichever of them a kernel sees: they do not tell for the others."""
 
 _slow_numpy_type = interpreter._get_np_dtype
+_slow_call = interpreter.InterpretedFunction.__call__
 _names: dict[int, list[str]] = {}
+_packages: dict[Any, list[Any]] = {}
+"""Of each function that another one calls, those of ``tl`` and ``tl.core`` that it sees."""
 _numpy_types: dict[str, numpy.dtype[Any]] = {}
 
 
@@ -42,6 +45,19 @@ def patch_builtin(package: Any, builder: Any, scope: Any) -> None:
             interpreter._patch_attr(package, name, member, builder, scope)
 
 
+def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """In place of ``interpreter.InterpretedFunction.__call__``: a function that another one calls."""
+    if function.fn not in _packages:
+        members = list(function.fn.__globals__.values())
+        _packages[function.fn] = [one for one in (tl, tl.core) if any(member is one for member in members)]
+    if any(tl.core.is_builtin(getattr(package, _names[id(package)][0])) for package in _packages[function.fn]):
+        interpreter._patch_lang(function.fn)
+    try:
+        return function.rewrite()(*args, **kwargs)
+    except Exception as error:
+        raise interpreter.InterpreterError(repr(error)) from error
+
+
 def numpy_type(dtype: Any) -> Any:
     """In place of ``interpreter._get_np_dtype``, which makes a table of all types for each answer."""
     scalar = dtype.element_ty if type(dtype) is tl.block_type else dtype
@@ -57,3 +73,4 @@ def install() -> None:
     _names.update({id(package): builtin_names(package) for package in PACKAGES})
     interpreter._patch_builtin = patch_builtin
     interpreter._get_np_dtype = numpy_type
+    interpreter.InterpretedFunction.__call__ = call

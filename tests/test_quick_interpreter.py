@@ -56,6 +56,7 @@ def test_it_replaces_what_the_interpreter_does(monkeypatch: pytest.MonkeyPatch) 
     quick = run()
     monkeypatch.setattr(interpreter, "_patch_builtin", slow_patch_builtin)
     monkeypatch.setattr(interpreter, "_get_np_dtype", quick_interpreter._slow_numpy_type)
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", quick_interpreter._slow_call)
     assert quick == run() == (9.0, quick[1])
     assert any(quick[1][0]) and not any(quick[1][1]), "the language is replaced while the kernel runs"
 
