@@ -17,6 +17,11 @@ import pytest
 
 torch.set_num_threads(1)
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import quick_interpreter
+
+    quick_interpreter.install()
+
 LONGEST = "test_kernels_compile.py"
 """Begun first: what another worker has to do beside it must not be over before it."""
 

@@ -1,8 +1,15 @@
-"""Compiles every op's kernels for one architecture and dtype: ``python kernel_cases.py 90 float16``.
+"""Compiles every op's kernels for one architecture, in each dtype: ``python kernel_cases.py 90``.
 
-A script of its own because ``triton.jit`` decides at import whether to interpret. Prints one JSON object: the ops run
-with the kernels each one compiled, the names of all kernels there are, and the figures of every binary. Tensors are on
-``meta``: only their dtype, shape and alignment count.
+A script of its own because ``triton.jit`` decides at import whether to interpret. Prints one JSON object; of each dtype
+it has the ops run with the kernels each one compiled, the names of all kernels there are, and the figures of every
+binary. A kernel that sees no number of the model's dtype is compiled once for all. Tensors are on ``meta``: only their
+dtype, shape and alignment count.
+
+What a build of an engine compiles is more than this: every family's shapes, in every class of token counts. Compiling
+takes a minute of a core for each hundred of these, so here are those that differ in more than figures: each kernel in
+each dtype, and once each tile, class of token count, head size, window, norm, bias and vocabulary's padding. The half
+types share these, since their kernels differ in the type alone; the largest tile, which spills first, has full-size
+heads in each.
 """
 
 from __future__ import annotations
@@ -11,13 +18,14 @@ import importlib
 import json
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from jitgraph import ops
+from jitgraph.jit.binary import Binary
 from jitgraph.jit.compile_only import CompileReport, compile_only
 from jitgraph.jit.kernel import Kernel
 from jitgraph.ops import attention, elementwise, linear, prefill_chunk, prefill_fused, sampling
@@ -43,25 +51,37 @@ class Layout:
     kv_heads: int
     head_dim: int
     vocabulary: int
+    chunks: Mapping[str, tuple[int, ...]]
+    """The lengths of prompt chunks to compile for, of each dtype that has this layout."""
+    sampled: tuple[str, ...] = ()
+    """The dtypes that compile this vocabulary's sampling, which depends on nothing else and is slow to compile."""
     qk_norm: bool = False
     window: int = 0
     dynamic: bool = False
     rolling: bool = False
     """The rolling KV window, of all the context."""
-    half_alone: bool = False
-    """Compiled in float16 alone: what it adds to the other layouts does not depend on the dtype."""
 
+
+HALF, BRAIN, SINGLE = "float16", "bfloat16", "float32"
+LLAMA = "llama-2-7b", 4096, 11008, 32, 32, 128, 32000
+MISTRAL = "mistral-7b", 4096, 14336, 32, 8, 128, 32000
+QWEN2 = "qwen2.5-0.5b", 896, 4864, 14, 2, 64, 151936
+QWEN3 = "qwen3-0.6b", 1024, 3072, 16, 8, 128, 151936
 
 LAYOUTS = (
-    Layout("llama-2-7b", 4096, 11008, 32, 32, 128, 32000),
-    Layout("llama-2-7b, dynamic rope", 4096, 11008, 32, 32, 128, 32000, dynamic=True, half_alone=True),
-    Layout("llama-3.1-8b", 4096, 14336, 32, 8, 128, 128256),
-    Layout("mistral-7b, window", 4096, 14336, 32, 8, 128, 32000, window=4096, half_alone=True),
-    Layout("qwen2.5-0.5b", 896, 4864, 14, 2, 64, 151936),
-    Layout("qwen3-0.6b", 1024, 3072, 16, 8, 128, 151936, qk_norm=True),
-    Layout("llama-2-7b, rolling window", 4096, 11008, 32, 32, 128, 32000, rolling=True),
-    Layout("qwen3-0.6b, rolling window", 1024, 3072, 16, 8, 128, 151936, qk_norm=True, rolling=True, half_alone=True),
+    Layout(*LLAMA, {HALF: (1, 512), BRAIN: (200,), SINGLE: (10,)}, sampled=(HALF, SINGLE)),
+    Layout(*LLAMA, {HALF: (512,)}, dynamic=True),
+    Layout(*MISTRAL, {HALF: (512,), BRAIN: (10,)}, window=4096),
+    Layout(*QWEN2, {HALF: (512,), SINGLE: (200,)}),
+    Layout(*QWEN3, {BRAIN: (200,), SINGLE: (512,)}, sampled=(BRAIN,), qk_norm=True),
+    Layout(*LLAMA, {HALF: (512,), BRAIN: (10,), SINGLE: (200,)}, rolling=True),
+    Layout(*QWEN3, {HALF: (10, 512)}, qk_norm=True, rolling=True),
 )
+FULL_SIZE = LAYOUTS[0]
+SMALL = Layout("small and odd", 72, 104, 3, 1, 24, 203, {})
+"""Neither multiples of the tiles nor powers of two."""
+PRODUCTS = {HALF: (FULL_SIZE, (64, 200)), BRAIN: (SMALL, (64, 200)), SINGLE: (SMALL, (200,))}
+"""The products of each dtype: of which layout, and for which token counts the tiles of the batch-invariant mode."""
 
 
 class Cases:
@@ -71,6 +91,8 @@ class Cases:
         self.report = report
         self.dtype = dtype
         self.ops: dict[str, set[str]] = {}
+        self.binaries: dict[int, Binary] = {}
+        """What was launched in this dtype, each binary once."""
 
     def half(self, *shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=self.dtype, device="meta")
@@ -95,6 +117,7 @@ class Cases:
         def noting(*call: Any) -> Any:
             binary = add(*call)
             launched.add(binary.kernel)
+            self.binaries[id(binary)] = binary
             return binary
 
         self.report.add = noting  # type: ignore[method-assign]
@@ -105,8 +128,8 @@ class Cases:
         return launched
 
 
-def compile_layout(cases: Cases, layout: Layout, token_counts: tuple[int, ...], sampling_rows: tuple[int, ...]) -> None:
-    """All ops of a layout, for integers of each class that Triton tells apart (1, a multiple of 16, others)."""
+def compile_layout(cases: Cases, layout: Layout, token_counts: tuple[int, ...], sampling: bool) -> None:
+    """All ops of a layout, for batches of each class of integers that Triton tells apart (1, others)."""
     pages = CONTEXT // PAGE
     slots = SlotTable(cases.ints(STREAMS + 1, (BLOCK_TABLE + pages + 3) // 4 * 4), pages)
     compile_receive(cases, slots, token_counts[-1])
@@ -119,7 +142,7 @@ def compile_layout(cases: Cases, layout: Layout, token_counts: tuple[int, ...], 
     for rows in (1, 3):
         cases.run(elementwise.prepare_decode, cases.ints(rows), slots, *(cases.ints(rows) for _ in range(6)))
         compile_decode(cases, layout, slots, rows)
-    for rows in sampling_rows:
+    for rows in (1, 3) if sampling else ():
         compile_sampling(cases, layout, slots, rows)
         compile_note_prompt(cases, layout, slots, rows)
 
@@ -146,16 +169,14 @@ def compile_layers(cases: Cases, layout: Layout, tokens: int) -> None:
 
 STANDARD = linear.Products(library=True, vector=True)
 INVARIANT = linear.Products(library=False, vector=False)
-SMALL = Layout("small and odd", 72, 104, 3, 1, 24, 203)
-"""Neither multiples of the tiles nor powers of two."""
 
 
-def compile_products(cases: Cases, layout: Layout) -> None:
+def compile_products(cases: Cases, layout: Layout, invariant: tuple[int, ...]) -> None:
     """Every product of a model for one token and for few, and the tiles of the batch-invariant mode."""
     for tokens in (1, 10):
         compile_norm_linear(cases, layout, tokens)
         compile_mlp(cases, STANDARD, layout, tokens)
-    for tokens in (10, 64, 200):
+    for tokens in (10, *invariant):
         compile_mlp(cases, INVARIANT, layout, tokens)
 
 
@@ -200,13 +221,16 @@ def compile_attention(cases: Cases, layout: Layout, slots: SlotTable, tokens: in
     if layout.rolling:  # rows of a batch have a window each
         of_rows = rolling_window(cases, layout, rope, tokens)
         cases.run(elementwise.rope_append, qkv, norm, norm, 1e-6, positions, token_slot, *to, of_rows)
-    where = (positions, token_slot, slots, scale, layout.window)
-    cases.run(attention.prefill_attention, q, cache, cache, *where, q, of_chunk)
     if not layout.rolling:
         to_itself = (slots, rope, cache, cache, None)
         cases.run(elementwise.rope_append, qkv, norm, norm, 1e-6, positions, token_slot, *to_itself)
+    if layout.qk_norm:  # attention itself does not know of the norms: the other layouts have it
+        return
+    where = (positions, token_slot, slots, scale, layout.window)
+    cases.run(attention.prefill_attention, q, cache, cache, *where, q, of_chunk)
+    if not layout.rolling:
         cases.run(prefill_chunk.chunk_attention, qkv, cache, cache, *where, q)
-    if not (layout.qk_norm or layout.dynamic or layout.rolling):
+    if not (layout.dynamic or layout.rolling):
         chunk = (qkv, positions, token_slot, slots, rope, cache, cache, scale, layout.window, q)
         words = prefill_fused.partial_words(layout.heads, layout.head_dim)
         arrivals = prefill_fused.arrival_words(layout.heads)
@@ -260,29 +284,26 @@ def all_kernels() -> list[str]:
     return sorted({f"{function.__module__}.{function.__qualname__}" for function in found})
 
 
-def main(arch: int, dtype: str) -> None:
-    with compile_only(arch) as report:
-        cases = Cases(report, getattr(torch, dtype))
-        vocabularies: set[int] = set()
-        for layout in LAYOUTS:
-            if layout.half_alone and dtype != "float16":
-                continue
-            # Sampling depends on the vocabulary alone, and it is slow to compile: half precision once each.
-            new = layout.vocabulary not in vocabularies and (dtype == "float16" or not vocabularies)
-            vocabularies.add(layout.vocabulary)
-            counts = (1, 10, 200, 512) if layout is LAYOUTS[0] else (10, 512) if dtype == "float16" else (200,)
-            compile_layout(cases, layout, counts, (1, 3) if new else ())
-        for layout in (LAYOUTS[0], SMALL) if dtype == "float16" else (SMALL,):
-            compile_products(cases, layout)
+def compile_dtype(report: CompileReport, dtype: str) -> dict[str, Any]:
+    """What the object that is printed has of a dtype."""
+    cases = Cases(report, getattr(torch, dtype))
+    for layout in LAYOUTS:
+        if dtype in layout.chunks:
+            compile_layout(cases, layout, layout.chunks[dtype], dtype in layout.sampled)
+    compile_products(cases, *PRODUCTS[dtype])
     figures = ("kernel", "signature", "registers", "local_bytes", "shared_bytes", "ms")
-    result = {
+    return {
         "wanted_ops": sorted(op_names()),
         "wanted_kernels": all_kernels(),
         "ops": {op: sorted(launched) for op, launched in cases.ops.items()},
-        "binaries": [{name: getattr(binary, name) for name in figures} for binary in report.binaries],
+        "binaries": [{name: getattr(binary, name) for name in figures} for binary in cases.binaries.values()],
     }
-    json.dump(result, sys.stdout)
+
+
+def main(arch: int) -> None:
+    with compile_only(arch) as report:
+        json.dump({dtype: compile_dtype(report, dtype) for dtype in PRODUCTS}, sys.stdout)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]))
