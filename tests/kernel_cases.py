@@ -69,7 +69,7 @@ QWEN2 = "qwen2.5-0.5b", 896, 4864, 14, 2, 64, 151936
 QWEN3 = "qwen3-0.6b", 1024, 3072, 16, 8, 128, 151936
 
 LAYOUTS = (
-    Layout(*LLAMA, {HALF: (1, 512), BRAIN: (200,), SINGLE: (10,)}, sampled=(HALF, SINGLE)),
+    Layout(*LLAMA, {HALF: (1, 512), BRAIN: (200, 512), SINGLE: (10,)}, sampled=(HALF, SINGLE)),
     Layout(*LLAMA, {HALF: (512,)}, dynamic=True),
     Layout(*MISTRAL, {HALF: (512,), BRAIN: (10,)}, window=4096),
     Layout(*QWEN2, {HALF: (512,), SINGLE: (200,)}),

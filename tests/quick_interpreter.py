@@ -12,15 +12,18 @@ import inspect
 from typing import Any
 
 import numpy
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-PACKAGES = (tl, tl.core, tl.tensor, tl.math, tl.core.tensor_descriptor_base)
+SUITS = triton.__version__.startswith("3.7.")
+"""Whether this is the version whose interpreter this was written for; another one is left as it is."""
+PACKAGES = (tl, tl.core, tl.tensor, tl.math, tl.core.tensor_descriptor_base) if SUITS else ()
 """The modules and classes whose members are replaced."""
 _REPLACED_APART = ("reduce", "associative_scan")
 """Replaced in ``tl`` and ``tl.core`` at once, whichever of them a kernel sees: they do not tell for the others."""
 
-_slow_numpy_type = interpreter._get_np_dtype
+_slow_numpy_type = getattr(interpreter, "_get_np_dtype", None)
 _slow_call = interpreter.InterpretedFunction.__call__
 _names: dict[int, list[str]] = {}
 _packages: dict[Any, list[Any]] = {}
@@ -69,7 +72,9 @@ def numpy_type(dtype: Any) -> Any:
 
 
 def install() -> None:
-    """From now on this process's interpreter is quick; before its first kernel."""
+    """From now on this process's interpreter is quick, where it is the known one; before its first kernel."""
+    if not SUITS:
+        return
     _names.update({id(package): builtin_names(package) for package in PACKAGES})
     interpreter._patch_builtin = patch_builtin
     interpreter._get_np_dtype = numpy_type
