@@ -90,7 +90,7 @@ class LLM:
         self._live: dict[int, Live] = {}
         self.abandoned: deque[Live] = deque()
         self._owed = False
-        """Whether a last token was given ahead of the engine's books, so that ``Engine.step`` must follow."""
+        """Whether a token was given ahead of the engine's books, so that ``Engine.step`` must follow."""
         self._next_id = 0
         self._running: Engine | None = opened.engine
         self._ready_ms = opened.phases_ms
@@ -192,10 +192,14 @@ class LLM:
                 self._engine.launch()
             live = Live(request, started)
             self._live[request.request_id] = live
-            self._add_text(live)
-            if shot is not None and self.device.type == "cuda":  # whose time is not this thread's
-                self._practise()
-        return Stream(self, live)
+            try:
+                self._add_text(live)
+                if shot is not None and self.device.type == "cuda":  # whose time is not this thread's
+                    self._practise()
+                return Stream(self, live)
+            except BaseException:  # interrupted: nobody would read it
+                self._end(live)
+                raise
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
         if not isinstance(prompt, str):
@@ -243,11 +247,13 @@ class LLM:
     def forget(self, live: list[Live]) -> None:
         """Cancels what still runs of these requests; streams call it when they are closed."""
         with self._lock:
-            self._tidy()
-            for one in live:
-                self._end(one)
-            if not self._live:
-                self._idle.wake()
+            try:
+                self._tidy()
+            finally:
+                for one in live:
+                    self._end(one)
+                if not self._live:
+                    self._idle.wake()
 
     def _tidy(self) -> None:
         """Does what was put off: the engine's books of a token that was handed out ahead of them, and the cancelling of

@@ -183,11 +183,11 @@ class Counting:
     rehearsed: int = 0
     news: list[TokenChunk] = field(default_factory=list)
     foresees: bool = False
-    """Whether it gives the last token of a lone request ahead of its books."""
+    """Whether it gives the first and the last token of a lone request ahead of their books."""
     foreseen: int = 0
     fails_after_last: bool = False
+    """Whether the step after such a last token fails."""
     told: bool = False
-    """Whether the step after such a token fails."""
     gate: threading.Semaphore | None = None
     """Where there is one, each step takes one."""
 

@@ -292,9 +292,10 @@ def test_what_ends_otherwise_is_not_foreseen(pair: tuple[Watched, Watched]) -> N
     assert [len(found[identity]) for identity in (0, 1)] == [LOOP, 5]
 
 
+@pytest.mark.parametrize("moment", ["while it waits", "while it tells"])
 @pytest.mark.parametrize("before", [0, LOOP - 1])
-def test_an_interrupt_while_it_waits_for_an_early_one(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, before: int
+def test_an_interrupt_of_an_early_one(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, before: int, moment: str
 ) -> None:
     engine = Watched(device).engine
     expected = answer(engine, prompt(5), params(max_tokens=LOOP))
@@ -307,7 +308,10 @@ def test_an_interrupt_while_it_waits_for_an_early_one(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._steady, "_read", interrupted)
+        if moment == "while it waits":
+            patch.setattr(engine._steady, "_read", interrupted)
+        else:
+            patch.setattr("jitgraph.engine.steady.TokenChunk", interrupted)
         with pytest.raises(KeyboardInterrupt):
             engine.early_token()
     finish(engine, chunks)

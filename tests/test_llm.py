@@ -300,6 +300,23 @@ def test_threads_share_one_engine(llm: LLM) -> None:
     assert_nothing_left(llm)
 
 
+def test_an_interrupt_while_a_stream_is_closed(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first token was handed out ahead of the books; that these cannot be kept now does not leave it running."""
+    stream = llm.stream([5, 6, 7], SamplingParams(max_tokens=40, ignore_eos=True))
+    next(stream)
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm._engine, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            stream.close()
+    assert stream.finish_reason is FinishReason.CANCELLED
+    llm.settle()
+    assert_nothing_left(llm)
+
+
 def test_streams_can_be_read_in_turns(llm: LLM) -> None:
     params = [SamplingParams(max_tokens=15, temperature=0.7, seed=i) for i in range(3)]
     alone = [llm.generate(TEXT, one)[0].token_ids for one in params]

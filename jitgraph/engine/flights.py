@@ -23,6 +23,7 @@ class InFlight:
         self.read = 0
         """Steps whose tokens have been read."""
         self.begun_s = time.perf_counter()
+        """About when it was launched."""
         self.loop = isinstance(plan, LoopPlan)
         """Whether the device repeats the step by itself."""
         self.steady = False

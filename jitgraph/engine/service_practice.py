@@ -7,6 +7,7 @@ through a socket and books of its own: it is read, goes the way of its launch as
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import time
@@ -25,6 +26,7 @@ from jitgraph.types import FinishReason, Request, SamplingParams, TokenChunk
 EVERY_S = 5e-3
 """It takes some 50 us, which a request that comes just then waits: one in a hundred."""
 _TOKENS = 100
+_LOGGER = logging.getLogger(__name__)
 
 
 class Practice:
@@ -38,7 +40,8 @@ class Practice:
         self._far: Connection[FromEngine] = Connection(far, client_framer())
         self._client = Client(self._near, os.getpid())
         self._engine = _Engine(rehearse)
-        self._requests = Requests(self._engine, _Sender(), limits, Figures(), _ignore)
+        self._requests = Requests(self._engine, _Sender(), limits, Figures(), self._failed)
+        self._failure = ""
         self._epoll = select.epoll()
         self._epoll.register(near.fileno(), select.EPOLLIN)
         self._again_s = 0.0
@@ -55,6 +58,12 @@ class Practice:
                     self._requests.submit(self._client, record)
         self._requests.deliver(self._engine.tokens())
         self._far.discard()
+
+    def _failed(self, error: Exception) -> None:
+        """Whoever asks in earnest will hear of it; here it is told once."""
+        if self._failure != str(error):
+            self._failure = str(error)
+            _LOGGER.warning("a request cannot be rehearsed: %s", error)
 
     def close(self) -> None:
         """Closes its sockets; it is of no use afterwards."""
@@ -104,7 +113,3 @@ class _Sender:
 
     def send_owned(self, client: Client, frames: Sequence[tuple[Hashable, bytes]]) -> None:
         client.connection.send_owned(frames)
-
-
-def _ignore(error: Exception) -> None:
-    """An engine that cannot rehearse will say so when it is asked in earnest."""

@@ -300,9 +300,9 @@ class Requests:
     # -------------------------------------------------------------------------------------------------------- outgoing
 
     def rehearse(self, frame: bytes) -> None:
-        """Goes the way of the first token of what came last, for nothing and with another frame in its place."""
-        live = self._live.get(self._next_identity - 1)
-        if live is not None and not live.told:
+        """Goes the way of the first token that is waited for, for nothing and with another frame in its place."""
+        live = next((one for one in self._live.values() if one.launched_ns and not one.told), None)
+        if live is not None:
             encode(news_of(live, TokenChunk(live.identity, 1, live.received_ns)))
             self._hub.send_owned(live.client, ((live, frame),))
 
@@ -337,8 +337,9 @@ class Requests:
                 sent.append((live, first, chunk.finish_reason))
         for client, theirs in frames.items():
             self._hub.send_owned(client, theirs)
-        for one in sent:
-            self._note_sent(*one)
+        for live, first, reason in sent:
+            if live.identity in self._live:  # not withdrawn over the sending, and counted as that
+                self._note_sent(live, first, reason)
 
     def _frame(self, live: Live, chunk: TokenChunk) -> bytes | None:
         """A chunk as its client reads it; None where no frame holds it, and the client has been told."""

@@ -123,11 +123,12 @@ class Steady:
             raise
         if token in sequence.stop_ids:
             return None
-        flight.told = True
         if not made:
             self._note(flight.key, now_ns / 1e9 - flight.begun_s)
         reason, cached = FinishReason.LENGTH if ends else None, 0 if made else sequence.cached
-        return [TokenChunk(sequence.request.request_id, token, now_ns, None, reason, cached)]
+        chunks = [TokenChunk(sequence.request.request_id, token, now_ns, None, reason, cached)]
+        flight.told = True  # at the very end: an interrupt before leaves the token to the ordinary way
+        return chunks
 
     def _note(self, key: GraphKey, took_s: float) -> None:
         """Takes note of a prompt's time: smoothed upwards alone, because too early a rehearsal does no harm."""
