@@ -374,6 +374,17 @@ def test_a_grammar_that_takes_too_long_is_not_waited_for(tmp_path: Path) -> None
         assert talk.stats()["requests"] == {"refused_deadline": 1} and not served.engine.validated
 
 
+@pytest.mark.parametrize("lost", [True, False])
+def test_who_is_lost_over_the_last_frame_is_counted_once(lost: bool) -> None:
+    engine, figures = Counting(), Figures()
+    client: Any = Client(mock.Mock(), 1)
+    hub: Any = SimpleNamespace(send_owned=lambda one, _: books.left(one) if lost else None, most_unsent=100)
+    books = Requests(engine, hub, Limits(2, 100, None), figures, lambda error: None)
+    books.submit(client, submission(1, [1], max_tokens=1))
+    books.deliver(engine.step())
+    assert figures.outcomes == ({"abandoned": 1} if lost else {"length": 1}) and not len(books)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 50), st.booleans()), max_size=40), st.integers(0, 60))
 def test_exactly_those_whose_time_is_over_end(requests: list[tuple[int, bool]], now: int) -> None:
